@@ -1,0 +1,3 @@
+"""fastloop: LOOP (leave-one-out PPO) fine-tuning of text-to-image diffusion models."""
+
+__version__ = "0.1.0"

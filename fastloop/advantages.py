@@ -1,0 +1,83 @@
+"""Rewards to advantages. Pure functions of the rewards of one rollout, float32 (P, K): P prompts, K images of each."""
+
+from __future__ import annotations
+
+from collections import deque
+
+import torch
+
+EPSILON = 1e-4  # beside a standard deviation, as in DanceGRPO and Flow-GRPO
+
+
+def leave_one_out(rewards: torch.Tensor) -> torch.Tensor:
+    """A_i = r_i - mean of the other K - 1 rewards of its prompt; sums to zero in each group (LOOP, RLOO)."""
+    k = rewards.shape[1]
+    return (rewards - rewards.mean(1, keepdim=True)) * (k / (k - 1))
+
+
+def group_norm(rewards: torch.Tensor) -> torch.Tensor:
+    """A_i = (r_i - group mean) / (group std + 1e-4), the std with K in its denominator (GRPO)."""
+    deviation = rewards - rewards.mean(1, keepdim=True)
+    return deviation / (rewards.std(1, correction=0, keepdim=True) + EPSILON)
+
+
+def batch_norm(rewards: torch.Tensor) -> torch.Tensor:
+    """A_i = (r_i - mean) / (std + 1e-4) over the whole rollout (DDPO without its tracker)."""
+    return (rewards - rewards.mean()) / (rewards.std(correction=0) + EPSILON)
+
+
+def batch_mean(rewards: torch.Tensor) -> torch.Tensor:
+    """A_i = r_i - mean over the whole rollout (REINFORCE with the simplest baseline)."""
+    return rewards - rewards.mean()
+
+
+def none(rewards: torch.Tensor) -> torch.Tensor:
+    """A_i = r_i."""
+    return rewards.clone()
+
+
+class PromptTracker:
+    """DDPO's per-prompt running mean and std: the last ``buffer`` rewards of each prompt.
+
+    A prompt with fewer than ``minimum`` rewards uses the mean and std of the rollout, as in ddpo-pytorch.
+    """
+
+    def __init__(self, buffer: int = 32, minimum: int = 16) -> None:
+        self.buffer, self.minimum = buffer, minimum
+        self.history: dict[str, deque[float]] = {}
+
+    def __call__(self, prompts: list[str], rewards: torch.Tensor) -> torch.Tensor:
+        """Records the rewards (P, K) of P prompts and returns their advantages (P, K)."""
+        for prompt, group in zip(prompts, rewards.tolist(), strict=True):
+            self.history.setdefault(prompt, deque(maxlen=self.buffer)).extend(group)
+        advantages = batch_norm(rewards)
+        for i, prompt in enumerate(prompts):
+            if len(self.history[prompt]) >= self.minimum:
+                seen = torch.tensor(list(self.history[prompt]), dtype=rewards.dtype)
+                advantages[i] = (rewards[i] - seen.mean()) / (seen.std(correction=0) + EPSILON)
+        return advantages
+
+    def state_dict(self) -> dict[str, list[float]]:
+        return {prompt: list(seen) for prompt, seen in self.history.items()}
+
+    def load_state_dict(self, state: dict[str, list[float]]) -> None:
+        self.history = {prompt: deque(seen, maxlen=self.buffer) for prompt, seen in state.items()}
+
+
+# `prompt_tracker` is the one with a memory: the trainer keeps a PromptTracker for it.
+ADVANTAGES = {
+    "leave_one_out": leave_one_out,
+    "group_norm": group_norm,
+    "batch_norm": batch_norm,
+    "batch_mean": batch_mean,
+    "prompt_tracker": None,
+    "none": none,
+}
+NEEDS_GROUPS = ("leave_one_out", "group_norm")
+
+
+def finish(advantages: torch.Tensor, clamp: float | None, normalize: bool) -> torch.Tensor:
+    """The optional global std, then the optional clamp to +-``clamp``."""
+    if normalize:
+        advantages = advantages / (advantages.std(correction=0) + EPSILON)
+    return advantages if clamp is None else advantages.clamp(-clamp, clamp)

@@ -1,0 +1,219 @@
+"""The command line: ``fastloop train | plan | sample | eval | report | info``.
+
+Exit codes: 0 done; 1 the run failed; 2 bad input; 130 and 143 stopped by SIGINT and SIGTERM with a checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+# Model ids that are not in the cache should fail at once and clearly, and bars of libraries are noise here.
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+
+from fastloop.config import Config, load_config
+from fastloop.errors import RunFailed, UserError
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command and returns its exit code."""
+    args = _parser().parse_args(argv)
+    try:
+        return args.run(args)
+    except UserError as error:
+        return _fail(str(error), 2)
+    except RunFailed as error:
+        return _fail(str(error), 1)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="fastloop", description="LOOP fine-tuning of text-to-image diffusion models")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    train = commands.add_parser("train", help="train a model")
+    train.add_argument("config", metavar="CONFIG", help="YAML file, such as configs/shapes_demo.yaml")
+    train.add_argument("--resume", action="store_true", help="go on with the run in output_dir, or start it")
+    train.set_defaults(run=_train)
+
+    plan = commands.add_parser("plan", help="derived numbers, parameters and memory of a run; loads no weights")
+    plan.add_argument("config", metavar="CONFIG")
+    plan.set_defaults(run=_plan)
+
+    sample = commands.add_parser("sample", help="draw pictures with a base model or a trained run")
+    sample.add_argument("config", metavar="CONFIG_OR_RUN", help="YAML file: the base model; run folder: its newest weights")
+    sample.add_argument("--prompt", action="append", required=True, help="may be given more than once")
+    sample.add_argument("--images", type=int, default=4, help="per prompt (default: 4)")
+    sample.add_argument("--seed", type=int, default=0)
+    sample.add_argument("--out", type=Path, default=Path("samples"), help="folder (default: samples)")
+    sample.set_defaults(run=_sample)
+
+    evaluate = commands.add_parser("eval", help="held-out score per category, with standard errors")
+    evaluate.add_argument("config", metavar="CONFIG_OR_RUN", help="YAML file: the base model; run folder: its newest weights")
+    evaluate.add_argument("--json", type=Path, help="also write the numbers to this file")
+    evaluate.set_defaults(run=_eval)
+
+    report = commands.add_parser("report", help="make a run's report.html anew")
+    report.add_argument("folder", metavar="RUN", type=Path)
+    report.set_defaults(run=_report)
+
+    info = commands.add_parser("info", help="what this machine can do")
+    info.set_defaults(run=_info)
+
+    for command in (train, plan, sample, evaluate):
+        command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="such as sampling.steps=20")
+    return parser
+
+
+def _train(args: argparse.Namespace) -> int:
+    return train(load_config(args.config, args.overrides), args.resume)
+
+
+def train(config: Config, resume: bool) -> int:
+    """Trains with a configuration and says where the results are; shared with ``fastloop/train.py``."""
+    from fastloop.plan import derived_lines
+    from fastloop.trainer import Stopped, Trainer
+
+    trainer = Trainer(config, resume)
+    for line in derived_lines(config, trainer.steps_trained):
+        print(line)
+    if trainer.iteration:
+        print(f"resuming after iteration {trainer.iteration}")
+    try:
+        folder = trainer.train()
+    except Stopped as stop:
+        print(f"{stop}; --resume goes on from {trainer.folder}")
+        return 130 if stop.signal_name == "SIGINT" else 143
+    print(f"done: {folder}\n  report   {folder / 'report.html'}\n  weights  {folder / 'export'}")
+    return 0
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from fastloop.plan import plan
+
+    print("\n".join(plan(load_config(args.config, args.overrides))))
+    return 0
+
+
+def _load(args: argparse.Namespace):
+    """The configuration and the denoiser of a YAML file (base model) or of a run folder (newest weights)."""
+    from fastloop.checkpoints import list_checkpoints, load_checkpoint, load_weights
+    from fastloop.config import apply_overrides, parse_config
+    from fastloop.denoisers import load_denoiser
+    from fastloop.engines.torch import pick_device
+    from fastloop.rundir import read_run_config
+
+    path = Path(args.config)
+    if not path.is_dir():
+        config = load_config(path, args.overrides)
+        return config, lambda: load_denoiser(config.model, pick_device(config.engine.device))
+    values = read_run_config(path).model_dump(mode="json")
+    config = parse_config(apply_overrides(values, args.overrides), f"{path / 'config.yaml'}")
+    found = list_checkpoints(path / "checkpoints")
+    if not found:
+        raise UserError(f"{path} has no checkpoint yet: give the config file to use the base model")
+
+    def load():
+        denoiser = load_denoiser(config.model, pick_device(config.engine.device))
+        denoiser.train_adapter(gradient_checkpointing=False, seed=config.seed)
+        weights, average, state = load_checkpoint(found[-1])
+        load_weights(denoiser.trainable(), average or weights)
+        print(f"{path}: weights after iteration {state['iteration']}")
+        return denoiser
+
+    return config, load
+
+
+def _sample(args: argparse.Namespace) -> int:
+    import torch
+    from PIL import Image
+
+    from fastloop.evaluation import EVAL_STREAM
+    from fastloop.rollout import rollout, sampler_table
+    from fastloop.tracking import image_grid
+
+    if args.images < 1:
+        raise UserError("--images: at least 1")
+    config, load = _load(args)
+    table = sampler_table(config.model, config.sampling, config.eval.steps)
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out: cannot write to {args.out}: {error.strerror}") from None
+    prompts = [prompt for prompt in args.prompt for _ in range(args.images)]
+    sampled = rollout(
+        load(),
+        table,
+        prompts,
+        torch.arange(len(prompts)),
+        sampling=config.sampling,
+        seed=EVAL_STREAM | args.seed,
+        batch=config.memory.rollout_batch,
+        vae_batch=config.memory.vae_batch,
+        backend=config.kernels,
+        keep_latents=False,
+    )
+    for i, image in enumerate(sampled.images):
+        Image.fromarray(image).save(args.out / f"{i // args.images:02d}_{i % args.images:02d}.png")
+    grid = args.out / "grid.png"
+    image_grid(list(sampled.images), prompts, columns=args.images).save(grid)
+    print(f"{len(prompts)} pictures in {args.out}, all of them in {grid}")
+    return 0
+
+
+def _eval(args: argparse.Namespace) -> int:
+    import json
+
+    from fastloop.evaluation import evaluate
+    from fastloop.prompts import load_prompts
+    from fastloop.rewards import Rewards
+
+    config, load = _load(args)
+    prompts = load_prompts(config.eval.prompts, "eval.prompts")
+    rewards = Rewards(config.eval.rewards or config.rewards, prompts, "eval.rewards")
+    result = evaluate(load(), config, prompts, rewards)
+    rewards.close()
+    row = result.row()
+    parts = {**row["categories"], **(row["rewards"] if len(row["rewards"]) > 1 else {}), "all": row["score"]}
+    width = max(map(len, parts))
+    print(f"{'':{width}}   score  stderr  prompts x {config.eval.images_per_prompt} images")
+    for name, part in parts.items():
+        print(f"{name:{width}}  {part['mean']:6.3f}  {part['stderr']:6.3f}  {part['n']}")
+    if args.json:
+        try:
+            args.json.write_text(json.dumps(row, indent=1))
+        except OSError as error:
+            raise UserError(f"--json: cannot write {args.json}: {error.strerror}") from None
+    return 0
+
+
+def _report(args: argparse.Namespace) -> int:
+    from fastloop.report import write_report
+
+    try:
+        print(write_report(args.folder))
+    except (FileNotFoundError, NotADirectoryError, ValueError) as error:
+        raise UserError(str(error)) from None
+    return 0
+
+
+def _info(args: argparse.Namespace) -> int:
+    from fastloop.machine import capabilities
+
+    rows = capabilities()
+    width = max(len(name) for name, _ in rows)
+    print("\n".join(f"{name:{width}}  {value}" for name, value in rows))
+    return 0
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"fastloop: {message}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,349 @@
+"""The run configuration: strict models, YAML files, dotted overrides, and the numbers derived from them."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from fastloop.algorithms import ALGORITHMS
+from fastloop.errors import UserError
+
+Positive = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(gt=0, le=1)]
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class LoraConfig(Strict):
+    """Low-rank adapters on the UNet (peft)."""
+
+    rank: Positive = 16
+    alpha: Annotated[float, Field(gt=0)] | None = Field(None, description="scale is alpha / rank; default: the rank")
+    target_modules: list[str] = Field(
+        ["to_q", "to_k", "to_v", "to_out.0"], min_length=1, description="module names by their ending"
+    )
+
+
+class ModelConfig(Strict):
+    """Which model, and what of it is trained."""
+
+    path: str = Field("assets:shapes", description="assets:shapes, a diffusers folder, or a hub id")
+    revision: str | None = Field(None, description="of a hub id")
+    variant: str | None = Field(None, description="file variant, such as fp16")
+    adapter: Literal["lora", "full"] = "lora"
+    lora: LoraConfig = LoraConfig()
+    dtype: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="of the model; latents and log-probs stay float32")
+    attention: Literal["sdpa", "xformers"] = "sdpa"
+
+
+class PromptsConfig(Strict):
+    """Where prompts come from."""
+
+    source: str = Field("shapes_train", description="shapes_train, shapes_heldout, animals, FILE.txt or FILE.jsonl")
+    categories: list[str] | None = Field(None, description="of the shapes sources: only these")
+    limit: Positive | None = Field(None, description="at most so many prompts; categories in equal shares")
+
+
+class RewardConfig(Strict):
+    """One term of the weighted sum. ``params`` go to the reward itself."""
+
+    name: str = Field(description="a registered reward, or MODULE:FUNCTION")
+    weight: float = Field(1.0, allow_inf_nan=False)
+    params: dict[str, Any] = {}
+
+
+class SamplingConfig(Strict):
+    """The reverse process, the same in rollouts and in updates."""
+
+    steps: Positive = 50
+    eta: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="DDIM eta: the share of noise in each step")
+    guidance_scale: Annotated[float, Field(ge=1)] = Field(5.0, description="1 switches guidance off: no second forward")
+    negative_prompt: str = ""
+    height: Positive | None = Field(None, description="pixels; default: the model's own size")
+    width: Positive | None = Field(None, description="pixels; default: the model's own size")
+
+
+class EvalConfig(Strict):
+    """Held-out prompts on fixed seeds."""
+
+    every: Positive = Field(10, description="iterations; the first and the last state are always evaluated")
+    prompts: PromptsConfig = PromptsConfig(source="shapes_heldout", limit=50)
+    rewards: list[RewardConfig] | None = Field(None, description="default: the training rewards")
+    images_per_prompt: Positive = 2
+    steps: Positive | None = Field(None, description="denoising steps; default: sampling.steps")
+    seed: Annotated[int, Field(ge=0)] = 0
+    grid: Positive = Field(12, description="prompts shown in the sample grids")
+
+
+class LastStepsConfig(Strict):
+    """The last denoising steps are several times as sensitive as the others (docs/method.md)."""
+
+    drop: Annotated[int, Field(ge=0)] = Field(0, description="last steps that are sampled and not trained")
+    weight: Fraction = Field(1.0, description="factor on the loss of the last `count` trained steps")
+    count: Positive = 2
+
+
+class KlConfig(Strict):
+    """Gaussian KL to the model before training, per trained step: the adapter off, or a frozen copy."""
+
+    weight: Annotated[float, Field(ge=0)] = 0.0
+
+
+class EmaConfig(Strict):
+    """Exponential moving average of the trained weights; evaluated and exported in their place."""
+
+    decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+
+
+class OptimizerConfig(Strict):
+    name: Literal["adamw"] = "adamw"
+    lr: Annotated[float, Field(gt=0)] = 3e-4
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+
+
+class MemoryConfig(Strict):
+    """What bounds memory. None of it changes the mathematics."""
+
+    gradient_checkpointing: bool = False
+    rollout_batch: Positive = Field(64, description="trajectories per denoiser call while sampling")
+    update_batch: Positive = Field(64, description="(trajectory, timestep) pairs per forward and backward")
+    vae_batch: Positive = Field(16, description="images per VAE call")
+
+
+class EngineConfig(Strict):
+    name: Literal["torch"] = "torch"
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:N")
+
+
+class TrackingConfig(Strict):
+    tensorboard: bool = True
+    wandb: str | None = Field(None, description="W&B project; needs fastloop[wandb]")
+
+
+class CheckpointConfig(Strict):
+    every: Positive = Field(10, description="iterations")
+    keep: Positive = Field(2, description="newest checkpoints kept")
+
+
+class SafetyConfig(Strict):
+    """Bounds past which a run stops or warns."""
+
+    max_ratio_dev: Annotated[float, Field(ge=0)] = Field(
+        1e-5, description="bound on |ratio - 1| when the first micro-batch is replayed"
+    )
+    min_group_std: Annotated[float, Field(ge=0)] = Field(1e-3, description="alarm: reward std within groups below this")
+    max_clipfrac: Fraction = Field(0.9, description="alarm: share of clipped pairs above this")
+    min_image_entropy: Annotated[float, Field(ge=0)] = Field(0.5, description="alarm: bits; a flat picture has 0")
+    max_image_saturation: Fraction = Field(0.9, description="alarm: share of pixel values at 0 or 255")
+
+
+class Config(Strict):
+    """One run. The user sets `prompts_per_step` and `images_per_prompt`; the rest of the arithmetic is derived."""
+
+    algorithm: Literal[tuple(ALGORITHMS)] = "loop"
+    advantage: str | None = Field(None, description="overrides the algorithm's advantage")
+    objective: str | None = Field(None, description="overrides the algorithm's objective")
+    model: ModelConfig = ModelConfig()
+    prompts: PromptsConfig = PromptsConfig()
+    rewards: list[RewardConfig] = Field(min_length=1)
+    eval: EvalConfig = EvalConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    prompts_per_step: Positive = 16
+    images_per_prompt: Positive = 4
+    updates_per_rollout: Positive | None = Field(None, description="optimizer steps per rollout; default: the algorithm's")
+    passes_per_rollout: Positive = Field(1, description="times each pair is trained on; divides updates_per_rollout")
+    timestep_fraction: Fraction = Field(1.0, description="share of the timesteps trained, drawn anew for each trajectory")
+    last_steps: LastStepsConfig = LastStepsConfig()
+    clip_range: Annotated[float, Field(gt=0)] = 1e-4
+    advantage_clamp: Annotated[float, Field(gt=0)] | None = Field(None, description="default: the algorithm's")
+    normalize_advantages: bool = Field(False, description="divide by the std over the whole rollout")
+    kl: KlConfig = KlConfig()
+    ema: EmaConfig = EmaConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    memory: MemoryConfig = MemoryConfig()
+    engine: EngineConfig = EngineConfig()
+    kernels: Literal["auto", "reference"] = "auto"
+    safety: SafetyConfig = SafetyConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    iterations: Positive = 60
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    output_dir: str = "runs/default"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _algorithm_defaults(cls, values: Any) -> Any:
+        """Fills what the algorithm decides and the file leaves open."""
+        algorithm = ALGORITHMS.get(values.get("algorithm", "loop")) if isinstance(values, dict) else None
+        if algorithm is None:
+            return values
+        defaults = {
+            "advantage": algorithm.advantage,
+            "objective": algorithm.objective,
+            "updates_per_rollout": algorithm.updates_per_rollout,
+            "advantage_clamp": algorithm.advantage_clamp,
+        }
+        return {**values, **{key: value for key, value in defaults.items() if values.get(key) is None}}
+
+    @model_validator(mode="after")
+    def _cross_field(self) -> Config:
+        from fastloop.advantages import ADVANTAGES, NEEDS_GROUPS
+        from fastloop.objectives import OBJECTIVES
+
+        for key, known in (("advantage", ADVANTAGES), ("objective", OBJECTIVES)):
+            if getattr(self, key) not in known:
+                raise ValueError(f"{key}: unknown name {getattr(self, key)!r}: one of {', '.join(known)}")
+        if self.advantage in NEEDS_GROUPS and self.images_per_prompt < 2:
+            raise ValueError(
+                f"images_per_prompt: {self.advantage} compares the images of one prompt: set at least 2, "
+                "or choose algorithm=ppo or algorithm=reinforce"
+            )
+        if self.updates_per_rollout % self.passes_per_rollout:
+            raise ValueError(
+                f"updates_per_rollout: {self.updates_per_rollout} optimizer steps cannot be shared equally by "
+                f"passes_per_rollout={self.passes_per_rollout}: use a multiple of it"
+            )
+        if self.last_steps.drop >= self.sampling.steps:
+            raise ValueError(
+                f"last_steps.drop: {self.last_steps.drop} leaves none of the {self.sampling.steps} sampling.steps to train"
+            )
+        if self.updates_per_rollout > self.passes_per_rollout * self.pairs_per_pass:
+            raise ValueError(
+                f"updates_per_rollout: {self.updates_per_rollout} updates, but a rollout has only "
+                f"{self.passes_per_rollout * self.pairs_per_pass} (trajectory, timestep) pairs: use fewer"
+            )
+        if self.objective == "score_function" and self.passes_per_rollout > 1:
+            raise ValueError(
+                "passes_per_rollout: the score function has no importance ratio, so a second pass over the same "
+                "trajectories is biased: set 1, or choose algorithm=loop"
+            )
+        return self
+
+    @property
+    def images_per_rollout(self) -> int:
+        return self.prompts_per_step * self.images_per_prompt
+
+    @property
+    def trained_steps(self) -> int:
+        """Timesteps trained per trajectory and pass, at least one."""
+        return max(1, round(self.timestep_fraction * (self.sampling.steps - self.last_steps.drop)))
+
+    @property
+    def pairs_per_pass(self) -> int:
+        return self.images_per_rollout * self.trained_steps
+
+
+def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
+    """Reads a YAML file and applies ``key=value`` overrides with dotted keys.
+
+    Raises:
+        UserError: one line with the file, the key and the remedy.
+    """
+    path = Path(path)
+    try:
+        values = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.y*ml")], 1)
+        hint = f": did you mean {path.parent / near[0]}?" if near else ": the recipes are in configs/"
+        raise UserError(f"no config file {path}{hint}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the config file {path}: {error}") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise UserError(f"{path}:{where} is not valid YAML: {getattr(error, 'problem', error)}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected keys such as 'algorithm: loop', found {type(values).__name__}")
+    return parse_config(apply_overrides(values, overrides), str(path))
+
+
+def apply_overrides(values: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
+    """``values`` with ``sampling.steps=20``-style overrides put in; list items by number (``rewards.0.weight=2``)."""
+    values = yaml.safe_load(yaml.safe_dump(values))  # a deep copy
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise UserError(f"override {text!r}: write it as key=value, for example sampling.steps=20")
+        try:
+            parsed = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise UserError(f"override {key}: {value!r} is not a YAML value; quote it") from None
+        if isinstance(parsed, str):  # YAML 1.1 reads 1e-4 as text
+            try:
+                parsed = float(parsed)
+            except ValueError:
+                pass
+        *parents, last = key.split(".")
+        node: Any = values
+        for part in parents:
+            node = _step_into(node, part, key)
+        if isinstance(node, list):
+            if not last.isdigit() or int(last) >= len(node):
+                raise UserError(f"override {key}: {last!r} is not one of the items 0 to {len(node) - 1}")
+            node[int(last)] = parsed
+        else:
+            node[last] = parsed
+    return values
+
+
+def _step_into(node: Any, part: str, key: str) -> Any:
+    if isinstance(node, list):
+        if not part.isdigit() or int(part) >= len(node):
+            raise UserError(f"override {key}: {part!r} is not one of the items 0 to {len(node) - 1}")
+        return node[int(part)]
+    if node.get(part) is None:
+        node[part] = {}
+    if not isinstance(node[part], (dict, list)):
+        raise UserError(f"override {key}: {part!r} is a single value, it has no keys below it")
+    return node[part]
+
+
+def parse_config(values: dict[str, Any], source: str) -> Config:
+    """A validated configuration. Raises ``UserError`` with one line: source, key, what is wrong, the nearest right name."""
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        problems = error.errors()
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise UserError(f"{source}: {_explain(problems[0])}{more}") from None
+
+
+def dump_config(config: Config) -> str:
+    """The resolved configuration as YAML; reading it back gives the same configuration."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def _explain(problem: dict[str, Any]) -> str:
+    key = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        *parents, last = problem["loc"]
+        known = list(_model_at(parents).model_fields)
+        near = difflib.get_close_matches(str(last), known, 1, cutoff=0.5)
+        remedy = f"did you mean {near[0]!r}?" if near else f"the keys here are {', '.join(known)}"
+        return f"{key}: unknown key; {remedy}"
+    if problem["type"] == "value_error":
+        return str(problem["ctx"]["error"])
+    if problem["type"] == "missing":
+        return f"{key}: missing; add it"
+    return f"{key}: {problem['msg'][0].lower()}{problem['msg'][1:]}, got {problem['input']!r}"
+
+
+def _model_at(parents: list[Any]) -> type[BaseModel]:
+    """The model that a path of keys leads to."""
+    model: type[BaseModel] = Config
+    for part in parents:
+        if isinstance(part, str):
+            annotation = model.model_fields[part].annotation
+            candidates = [annotation, *get_args(annotation)]
+            candidates += [inner for outer in candidates for inner in get_args(outer)]
+            model = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
+    return model

@@ -1,0 +1,83 @@
+"""What this machine is and what it can do."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+from typing import Any
+
+import torch
+
+_PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "numpy")
+_OPTIONAL = ("triton", "deepspeed", "bitsandbytes", "xformers", "wandb")
+
+
+def version_of(package: str) -> str | None:
+    """The installed version, or ``None``."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def describe_machine(device: torch.device) -> dict[str, Any]:
+    """Processor, memory and device, for run.json."""
+    facts = {
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_gib": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1),
+        "device": str(device),
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        facts |= {"gpu": properties.name, "gpu_memory_gib": round(properties.total_memory / 2**30, 1)}
+    return facts
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that decide a run's numbers."""
+    found = {name: version_of(name) for name in ("fastloop", *_PACKAGES, *_OPTIONAL)}
+    return {name: version for name, version in found.items() if version}
+
+
+def xformers_problem() -> str | None:
+    """Why ``model.attention=xformers`` cannot be used here, or ``None``."""
+    if importlib.util.find_spec("xformers") is None:
+        return "xformers is not installed: pip install fastloop[xformers]"
+    if not torch.cuda.is_available():
+        return "xformers has no CPU operator and there is no GPU here"
+    try:
+        from xformers.ops import memory_efficient_attention
+
+        q = torch.zeros(1, 8, 1, 32, device="cuda", dtype=torch.float16)
+        memory_efficient_attention(q, q, q)
+    except Exception as error:
+        return f"xformers does not work here: {str(error).splitlines()[0]}"
+    return None
+
+
+def capabilities() -> list[tuple[str, str]]:
+    """Rows for `fastloop info`: what this machine can do, and what is missing for the rest."""
+    cpu = torch.device("cpu")
+    facts = describe_machine(cpu)
+    rows = [("machine", f"{facts['system']}, {facts['cpus']} CPU cores, {facts['memory_gib']} GiB")]
+    rows += [("python", facts["python"])]
+    rows += [(name, version_of(name) or "not installed") for name in (*_PACKAGES, *_OPTIONAL)]
+    if torch.cuda.is_available():
+        for i in range(torch.cuda.device_count()):
+            found = describe_machine(torch.device("cuda", i))
+            rows.append((f"device cuda:{i}", f"{found['gpu']}, {found['gpu_memory_gib']} GiB"))
+    else:
+        rows.append(("device", "cpu (no CUDA device found)"))
+    rows += [
+        ("kernels", "reference (PyTorch)"),
+        ("attention", "sdpa" + ("" if xformers_problem() else ", xformers")),
+        ("xformers", xformers_problem() or "works"),
+        ("optimizers", "adamw"),
+        ("engines", "torch"),
+    ]
+    return rows

@@ -1,0 +1,103 @@
+"""Rollouts: K trajectories for each prompt, with everything that an update needs later."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from fastloop import kernels
+from fastloop.config import Config, ModelConfig, SamplingConfig
+from fastloop.denoisers import read_json, resolve_path
+from fastloop.errors import UserError
+from fastloop.transitions import TransitionTable, transition_table
+
+
+@dataclass
+class Trajectories:
+    """N trajectories of T steps; trajectories p K to p K + K - 1 belong to prompt p.
+
+    Attributes:
+        latents: float32 (T + 1, N, C, H, W), x_T first; empty where the rollout was only for its images.
+        log_probs: float32 (T, N), the mean over the latent's elements.
+        prompts: N prompts. ids: int64 (N,), the trajectory numbers that key the noise.
+        images: uint8 (N, height, width, 3).
+    """
+
+    latents: torch.Tensor
+    log_probs: torch.Tensor
+    prompts: list[str]
+    ids: torch.Tensor
+    images: np.ndarray
+
+
+@torch.no_grad()
+def rollout(
+    denoiser,
+    table: TransitionTable,
+    prompts: list[str],
+    ids: torch.Tensor,
+    *,
+    sampling: SamplingConfig,
+    seed: int,
+    batch: int,
+    vae_batch: int,
+    backend: str,
+    keep_latents: bool = True,
+    on_images: Callable[[int, np.ndarray], None] = lambda start, images: None,
+    on_step: Callable[[int], None] = lambda trajectories: None,
+) -> Trajectories:
+    """Samples one trajectory for each prompt and number, ``batch`` at a time.
+
+    ``on_images(start, images)`` is called as soon as a batch is decoded, so that rewards run beside the next one;
+    ``on_step(n)`` after each denoising step of n trajectories, for progress bars and for leaving early.
+    """
+    device = denoiser.device
+    ops = kernels.backend(backend, device)
+    a, b, sigma = (column.float().to(device) for column in (table.a, table.b, table.sigma))
+    shape = denoiser.latent_shape(sampling.height, sampling.width)
+    latents = torch.empty((len(table) + 1, len(prompts), *shape), device=device) if keep_latents else torch.empty(0)
+    log_probs = torch.empty((len(table), len(prompts)), device=device)
+    images = []
+    for start in range(0, len(prompts), batch):
+        chunk = slice(start, min(start + batch, len(prompts)))
+        number = ids[chunk].to(device)
+        n = len(number)
+        cond, uncond = denoiser.encode(prompts[chunk], sampling)
+        x = ops.initial_noise(seed, number, shape)
+        if keep_latents:
+            latents[0, chunk] = x
+        for step in range(len(table)):
+            timestep = table.timesteps[step].expand(n).to(device)
+            outputs = denoiser.predict(x, timestep, cond, uncond)
+            coefficients = (column[step].expand(n) for column in (a, b, sigma))
+            x, log_probs[step, chunk] = ops.sample_transition(
+                *outputs, x, *coefficients, sampling.guidance_scale, seed, number, step
+            )
+            if keep_latents:
+                latents[step + 1, chunk] = x
+            on_step(n)
+        images.append(denoiser.decode(x, vae_batch))
+        on_images(start, images[-1])
+    return Trajectories(latents, log_probs, prompts, ids, np.concatenate(images))
+
+
+def sampler_table(model: ModelConfig, sampling: SamplingConfig, steps: int | None = None) -> TransitionTable:
+    """The transitions of a model's scheduler; reads its config, no weights. Raises ``UserError`` where it cannot be used."""
+    path = resolve_path(model.path)
+    scheduler = read_json(path, model, "scheduler_config.json", "scheduler")
+    try:
+        return transition_table(scheduler, steps or sampling.steps, sampling.eta)
+    except ValueError as error:
+        raise UserError(f"the scheduler of model.path={model.path}: {error}") from None
+
+
+def trained_steps(table: TransitionTable, config: Config) -> torch.Tensor:
+    """Indices (int64) of the steps that updates draw from: those with noise, less the last ``last_steps.drop``."""
+    steps = torch.nonzero(table.trainable)[:, 0]
+    steps = steps[: len(steps) - config.last_steps.drop]
+    if len(steps) == 0:
+        raise UserError(f"sampling.steps: none of the {len(table)} steps can be trained: raise it or lower last_steps.drop")
+    return steps

@@ -1,0 +1,28 @@
+"""Entry of ``python fastloop/train.py --config CONFIG [key=value ...]``, as launchers want it; the same as `fastloop train`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from fastloop.cli import train
+from fastloop.config import load_config
+from fastloop.errors import RunFailed, UserError
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parses, trains, and returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--config", required=True, help="YAML file, such as configs/shapes_loop.yaml")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in output_dir, or start it")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="such as sampling.steps=20")
+    args = parser.parse_intermixed_args(argv)
+    try:
+        return train(load_config(args.config, args.overrides), args.resume)
+    except (UserError, RunFailed) as error:
+        print(f"fastloop: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UserError) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

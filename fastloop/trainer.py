@@ -1,0 +1,484 @@
+"""The training loop, top to bottom: prompts -> rollout -> rewards -> advantages -> updates -> tracking and checkpoints.
+
+What differs from the paper (arXiv 2503.00897) and from DDPO, whose settings it follows, is in docs/method.md.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import signal
+import time
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from fastloop import kernels
+from fastloop.advantages import ADVANTAGES, PromptTracker, finish
+from fastloop.checkpoints import load_checkpoint, load_weights, save_checkpoint
+from fastloop.config import Config
+from fastloop.denoisers import load_denoiser
+from fastloop.engines.torch import TorchEngine, pick_device
+from fastloop.errors import RunFailed
+from fastloop.evaluation import Evaluation, evaluate
+from fastloop.kernels.reference import transition_mean
+from fastloop.machine import describe_machine
+from fastloop.metrics import image_metrics, reward_metrics
+from fastloop.objectives import gaussian_kl
+from fastloop.optimizers import Ema
+from fastloop.prompts import PromptStream, load_prompts
+from fastloop.report import write_report
+from fastloop.rewards import Rewards
+from fastloop.rollout import Trajectories, rollout, sampler_table, trained_steps
+from fastloop.rundir import claim_run_dir, write_run
+from fastloop.tracking import Tracker, before_after_grid, image_grid, read_rows
+from fastloop.transitions import TransitionTable
+
+MAX_SKIPPED = 8  # non-finite updates in a row that loss scaling may skip while it finds its scale
+
+
+class Stopped(Exception):
+    """A signal asked the run to stop; the iteration under way is left out and done again on resume."""
+
+    def __init__(self, signal_name: str, iteration: int) -> None:
+        super().__init__(f"stopped by {signal_name} after iteration {iteration}")
+        self.signal_name = signal_name
+
+
+class Trainer:
+    """One run of one configuration in one folder. Everything that can be refused is refused before the model loads."""
+
+    def __init__(self, config: Config, resume: bool = False) -> None:
+        """Raises ``UserError`` for anything in the configuration that does not fit the machine, the files or the model."""
+        self.config = config
+        self.device = pick_device(config.engine.device)
+        self.prompts = PromptStream(load_prompts(config.prompts), config.seed)
+        self.eval_prompts = load_prompts(config.eval.prompts, "eval.prompts")
+        self.rewards = Rewards(config.rewards, self.prompts.prompts)
+        if config.eval.rewards is None:
+            self.eval_rewards = Rewards(config.rewards, self.eval_prompts, "rewards, on eval.prompts")
+        else:
+            self.eval_rewards = Rewards(config.eval.rewards, self.eval_prompts, "eval.rewards")
+        self.table = sampler_table(config.model, config.sampling)
+        self.steps_trained = trained_steps(self.table, config)
+        self.folder, checkpoint, resumed = claim_run_dir(config, resume)
+
+        self.denoiser = load_denoiser(config.model, self.device)
+        self.denoiser.latent_shape(config.sampling.height, config.sampling.width)
+        self.denoiser.train_adapter(config.memory.gradient_checkpointing, seed=config.seed)
+        if config.kl.weight:
+            self.denoiser.keep_reference()
+        self.parameters = self.denoiser.trainable()
+        self.engine = TorchEngine(self.parameters, config, self.device)
+        self.ema = Ema(self.parameters, config.ema.decay) if config.ema.decay else None
+        self.prompt_tracker = PromptTracker() if config.advantage == "prompt_tracker" else None
+        self.iteration = 0  # finished so far
+        self.images = 0  # sampled for training so far
+        self.seconds = 0.0  # spent so far, over all resumes
+        self.skipped = 0
+        if checkpoint is not None:
+            self._load(checkpoint)
+        self.tracker = Tracker(
+            self.folder,
+            tensorboard=config.tracking.tensorboard,
+            wandb=config.tracking.wandb,
+            config=config.model_dump(mode="json"),
+            resume_iteration=self.iteration if resumed else None,
+        )
+        self._stop_signal: int | None = None
+        columns = (self.table.a, self.table.b, self.table.sigma, step_weights(self.table, self.steps_trained, config))
+        self._columns = [column.float().to(self.device) for column in columns]
+        self._timesteps = self.table.timesteps.to(self.device)
+
+    # --- the loop ------------------------------------------------------------------------------------------------------
+
+    def train(self) -> Path:
+        """Runs to ``config.iterations`` and returns the run's folder.
+
+        Raises:
+            Stopped: on SIGINT or SIGTERM, after a checkpoint was written.
+            RunFailed: a reward failed, or a value was not finite; the last good checkpoint is kept.
+        """
+        config = self.config
+        self._started = time.perf_counter() - self.seconds
+        write_run(self.folder, status="running", machine=describe_machine(self.device))
+        with self._signals(), self._recorded():
+            while True:
+                last = self.iteration == config.iterations
+                if self.iteration % config.checkpoint.every == 0 or last:
+                    self._save()
+                if self.iteration % config.eval.every == 0 or last:
+                    self._evaluate()
+                if last:
+                    break
+                self._leave_if_asked()
+                started = time.perf_counter()
+                # 1. prompts, each K times; trajectory numbers key the noise, whatever the batch or the process
+                prompts = self.prompts.draw(self.iteration * config.prompts_per_step, config.prompts_per_step)
+                repeated = [prompt for prompt in prompts for _ in range(config.images_per_prompt)]
+                ids = torch.arange(len(repeated)) + self.iteration * len(repeated)
+                # 2. rollout; each batch is scored while the next one is sampled
+                trajectories = self._rollout(repeated, ids)
+                sampled = time.perf_counter()
+                scores = self.rewards.gather()
+                scored = time.perf_counter()
+                # 3. rewards (P, K) to advantages (N,)
+                rewards = torch.tensor(scores.total, dtype=torch.float32).view(-1, config.images_per_prompt)
+                advantages = self._advantages([p.text for p in prompts], rewards).flatten().to(self.device)
+                # 4. the first replay must give ratio 1, then the updates
+                metrics = {}
+                if self.iteration == 0:
+                    metrics["policy/replay_max_dev"] = self._check_ratio(trajectories)
+                metrics |= self._update(trajectories, advantages)
+                updated = time.perf_counter()
+                # 5. tracking; checkpoints and evaluation are at the top
+                self.iteration += 1
+                self.images += len(repeated)
+                self.seconds = updated - self._started
+                metrics |= reward_metrics(rewards, scores, repeated) | image_metrics(trajectories.images)
+                metrics |= {
+                    "advantage/abs_mean": advantages.abs().mean().item(),
+                    "advantage/std": advantages.std().item(),
+                    "time/rollout": sampled - started,
+                    "time/reward_wait": scored - sampled,
+                    "time/reward": self.rewards.take_seconds(),
+                    "time/update": updated - scored,
+                    "time/iteration": updated - started,
+                }
+                self._log(metrics)
+            self._export()
+        return self.folder
+
+    def _rollout(self, prompts, ids: torch.Tensor) -> Trajectories:
+        config = self.config
+        with tqdm(total=len(prompts) * len(self.table), desc="  rollout", leave=False, disable=None) as bar:
+
+            def on_step(n: int) -> None:
+                bar.update(n)
+                self._leave_if_asked()  # nothing has changed yet
+
+            return rollout(
+                self.denoiser,
+                self.table,
+                [prompt.text for prompt in prompts],
+                ids,
+                sampling=config.sampling,
+                seed=config.seed,
+                batch=config.memory.rollout_batch,
+                vae_batch=config.memory.vae_batch,
+                backend=config.kernels,
+                on_images=lambda start, images: self.rewards.submit(images, prompts[start : start + len(images)]),
+                on_step=on_step,
+            )
+
+    def _advantages(self, prompts: list[str], rewards: torch.Tensor) -> torch.Tensor:
+        if self.prompt_tracker is not None:
+            advantages = self.prompt_tracker(prompts, rewards)
+        else:
+            advantages = ADVANTAGES[self.config.advantage](rewards)
+        return finish(advantages, self.config.advantage_clamp, self.config.normalize_advantages)
+
+    def _update(self, trajectories: Trajectories, advantages: torch.Tensor) -> dict[str, float]:
+        """``updates_per_rollout`` optimizer steps over shuffled (trajectory, timestep) pairs."""
+        config = self.config
+        rng = np.random.default_rng([config.seed, self.iteration])
+        per_pass = config.updates_per_rollout // config.passes_per_rollout
+        updates = []
+        for _ in range(config.passes_per_rollout):
+            pairs = shuffled_pairs(rng, len(trajectories.prompts), self.steps_trained, config.timestep_fraction)
+            updates += np.array_split(pairs, per_pass)
+        distinct = list(dict.fromkeys(trajectories.prompts))
+        row = {prompt: i for i, prompt in enumerate(distinct)}
+        prompt_row = torch.tensor([row[prompt] for prompt in trajectories.prompts], device=self.device)
+        cond, uncond = self.denoiser.encode(distinct, config.sampling)
+        norms, stats = [], []
+        with tqdm(total=sum(map(len, updates)), desc="  update", leave=False, disable=None) as bar:
+            for number, update in enumerate(updates):
+                update_stats = []  # stays on the device until the update is done
+                for start in range(0, len(update), config.memory.update_batch):
+                    index = torch.from_numpy(update[start : start + config.memory.update_batch]).to(self.device)
+                    i, step = index.unbind(1)
+                    text = cond[prompt_row[i]], None if uncond is None else uncond[prompt_row[i]]
+                    terms, loss = self._loss(trajectories, advantages, i, step, *text)
+                    self.engine.backward(loss.sum() / len(update))
+                    change = terms.log_prob - trajectories.log_probs[step, i]
+                    update_stats.append(torch.stack([loss.detach(), terms.ratio, change]))
+                    bar.update(len(index))
+                stats.append(torch.cat(update_stats, 1).cpu().double())
+                if number == 0:
+                    self._check_first_ratio(stats[0][1])
+                norms.append(self._step(stats[-1][0]))
+        loss, ratio, change = torch.cat(stats, 1)
+        return {
+            "policy/loss": loss.mean().item(),
+            "policy/ratio_mean": ratio.mean().item(),
+            "policy/ratio_max_dev": (ratio - 1).abs().max().item(),
+            "policy/ratio_first_dev": (stats[0][1] - 1).abs().max().item(),
+            "policy/clipfrac": ((ratio - 1).abs() > config.clip_range).double().mean().item(),
+            "policy/approx_kl": 0.5 * change.square().mean().item(),
+            "policy/grad_norm": float(np.mean([norm for norm in norms if norm is not None] or [0.0])),
+        }
+
+    def _loss(self, trajectories, advantages, i, step, cond, uncond):
+        """Policy terms and the whole loss, float32 (B,), of the pairs (i, step)."""
+        config = self.config
+        x_t, x_prev = trajectories.latents[step, i], trajectories.latents[step + 1, i]
+        a, b, sigma, weight = (column[step] for column in self._columns)
+        outputs = self.denoiser.predict(x_t, self._timesteps[step], cond, uncond)
+        terms = kernels.backend(config.kernels, self.device).policy_loss(
+            *outputs,
+            x_t,
+            x_prev,
+            a,
+            b,
+            sigma,
+            config.sampling.guidance_scale,
+            trajectories.log_probs[step, i],
+            advantages[i],
+            config.clip_range,
+            config.objective,
+        )
+        loss = terms.loss
+        if config.kl.weight:
+            with torch.no_grad(), self.denoiser.reference():
+                reference = self.denoiser.predict(x_t, self._timesteps[step], cond, uncond)
+            means = (transition_mean(*o, x_t, a, b, config.sampling.guidance_scale) for o in (outputs, reference))
+            loss = loss + config.kl.weight * gaussian_kl(*means, sigma)
+        return terms, weight * loss
+
+    def _step(self, losses: torch.Tensor) -> float | None:
+        """One optimizer step. Raises ``RunFailed`` where loss or gradients are not finite; the weights are then untouched."""
+        if not losses.isfinite().all():
+            raise RunFailed(f"the loss is not finite in iteration {self.iteration + 1}: {self._nan_hint()}")
+        norm = self.engine.step()
+        self.skipped = self.skipped + 1 if norm is None else 0
+        if self.skipped > (MAX_SKIPPED if self.engine.scales_loss else 0):
+            raise RunFailed(f"the gradients are not finite in iteration {self.iteration + 1}: {self._nan_hint()}")
+        if norm is not None and self.ema is not None:
+            self.ema.update()
+        return norm
+
+    # --- trust ---------------------------------------------------------------------------------------------------------
+
+    def _check_ratio(self, trajectories: Trajectories) -> float:
+        """Replays the first rollout batch, as it was sampled, with gradients on: every ratio must be 1."""
+        n = min(self.config.memory.rollout_batch, len(trajectories.prompts))
+        cond, uncond = self.denoiser.encode(trajectories.prompts[:n], self.config.sampling)
+        i = torch.arange(n, device=self.device)
+        zeros, worst = torch.zeros(len(trajectories.prompts), device=self.device), 0.0
+        for step in sorted({int(self.steps_trained[0]), int(self.steps_trained[-1])}):
+            terms, _ = self._loss(trajectories, zeros, i, torch.full_like(i, step), cond, uncond)
+            worst = max(worst, (terms.ratio - 1).abs().nan_to_num(math.inf).max().item())
+        if worst > self.config.safety.max_ratio_dev:
+            raise RunFailed(
+                f"ratio check: replaying the first rollout batch gives |ratio - 1| = {worst:.1e}, over "
+                f"safety.max_ratio_dev = {self.config.safety.max_ratio_dev:.1e}. Likely causes: model.dtype, an attention "
+                "backend that is not deterministic (model.attention), dropout, or compiled code that differs with gradients"
+            )
+        return worst
+
+    def _check_first_ratio(self, ratio: torch.Tensor) -> None:
+        """Before the first optimizer step of a rollout the policy is the old one: what differs from 1 is rounding."""
+        deviation = (ratio - 1).abs().max().item()
+        if self.config.objective != "score_function" and deviation > self.config.clip_range:
+            raise RunFailed(
+                f"ratio check: before any update |ratio - 1| reaches {deviation:.1e}, over clip_range = "
+                f"{self.config.clip_range:.1e}, so rounding alone clips. Likely causes: model.dtype, or update batches "
+                "computed differently from rollout batches (set memory.update_batch = memory.rollout_batch)"
+            )
+
+    def _nan_hint(self) -> str:
+        return (
+            "the last good checkpoint is kept. Try a lower optimizer.lr, model.dtype=fp32 or bf16, last_steps.drop=1, "
+            "then --resume"
+        )
+
+    def _alarms(self, metrics: dict[str, float]) -> dict[str, str]:
+        """Signs of collapse or reward hacking, with what they mean."""
+        safety, clipped = self.config.safety, self.config.objective != "score_function"
+        found = {
+            "group_std": (metrics["reward/group_std"] < safety.min_group_std, "images of one prompt get the same reward"),
+            "clipfrac": (clipped and metrics["policy/clipfrac"] > safety.max_clipfrac, "nearly every pair is clipped"),
+            "entropy": (metrics["image/entropy"] < safety.min_image_entropy, "pictures go flat"),
+            "saturation": (metrics["image/saturation"] > safety.max_image_saturation, "pictures are burnt out"),
+        }
+        return {name: text for name, (fired, text) in found.items() if fired}
+
+    # --- records -------------------------------------------------------------------------------------------------------
+
+    def _log(self, metrics: dict[str, float]) -> None:
+        alarms = self._alarms(metrics)
+        metrics |= {f"alarm/{name}": float(name in alarms) for name in ("group_std", "clipfrac", "entropy", "saturation")}
+        self.tracker.log({"iteration": self.iteration, "images": self.images, "time": self.seconds, **metrics})
+        left = (self.config.iterations - self.iteration) * self.seconds / max(self.iteration, 1)
+        print(
+            f"[{self.iteration:>{len(str(self.config.iterations))}}/{self.config.iterations}] "
+            f"reward {metrics['reward/mean']:.3f}  clipped {metrics['policy/clipfrac']:.0%}  "
+            f"kl {metrics['policy/approx_kl']:.1e}  grad {metrics['policy/grad_norm']:.2g}  "
+            f"{metrics['time/iteration']:.1f} s  {duration(left)} left",
+            flush=True,
+        )
+        for name, text in alarms.items():
+            print(f"  alarm {name}: {text}", flush=True)
+
+    def _evaluate(self) -> None:
+        """Scores the held-out prompts, once per iteration, whatever was interrupted and resumed."""
+        if any(row["iteration"] == self.iteration for row in read_rows(self.folder / "eval.jsonl")):
+            return
+        started = time.perf_counter()
+        with self.ema.applied() if self.ema else nullcontext():
+            result = evaluate(
+                self.denoiser,
+                self.config,
+                self.eval_prompts,
+                self.eval_rewards,
+                on_step=lambda n: self._leave_if_asked(),
+            )
+        self._save_samples(result)
+        self.seconds = time.perf_counter() - self._started
+        row = result.row() | {"iteration": self.iteration, "images": self.images, "seconds": self.seconds}
+        self.tracker.log_eval(row | {"time/eval": time.perf_counter() - started})
+        print(f"  held-out score {result.mean:.3f} ± {result.stderr:.3f} after {self.images} images", flush=True)
+
+    def _save_samples(self, result: Evaluation) -> None:
+        """The first image of each grid prompt as its own file, all of them as a grid, and before/after."""
+        folder, name = self.folder / "samples", f"{self.iteration:06d}"
+        folder.mkdir(exist_ok=True)
+        shown = range(min(self.config.eval.grid, len(self.eval_prompts)))
+        rows = []
+        for p in shown:
+            file = f"{name}_{p:02d}.png"
+            image, prompt, reward = result.images[p, 0], self.eval_prompts[p].text, result.scores[p, 0]
+            Image.fromarray(image).save(folder / file)
+            note = self.eval_rewards.explain(image, prompt)
+            rows.append({"prompt": prompt, "reward": float(reward), "file": file, "note": note})
+        (folder / f"{name}.json").write_text(json.dumps(rows, indent=1))
+        captions = [f"{row['prompt']}\n{row['reward']:.2f}" for row in rows]
+        grid = image_grid([result.images[p, 0] for p in shown], captions, columns=6)
+        grid.save(folder / f"{name}.png")
+        self.tracker.log_image("samples", self.iteration, grid)
+        if self.iteration and (folder / "000000.json").exists():
+            before = json.loads((folder / "000000.json").read_text())
+            before_after_grid(
+                [row["prompt"] for row in before],
+                [[Image.open(folder / row["file"])] for row in before],
+                [[Image.open(folder / row["file"])] for row in rows],
+                [[row["reward"]] for row in before],
+                [[row["reward"]] for row in rows],
+            ).save(folder / "before_after.png")
+
+    def _save(self) -> None:
+        state = {
+            "iteration": self.iteration,
+            "images": self.images,
+            "seconds": self.seconds,
+            "skipped": self.skipped,
+            "prompt_tracker": self.prompt_tracker.state_dict() if self.prompt_tracker else None,
+            "engine": self.engine.state_dict(),
+            "rng": torch.get_rng_state(),
+            "rng_cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
+        }
+        average = self.ema.average if self.ema else None
+        save_checkpoint(
+            self.folder / "checkpoints", self.iteration, self.parameters, average, state, self.config.checkpoint.keep
+        )
+
+    def _load(self, checkpoint: Path) -> None:
+        weights, average, state = load_checkpoint(checkpoint)
+        load_weights(self.parameters, weights)
+        if self.ema and average is not None:
+            for name, value in average.items():
+                self.ema.average[name].copy_(value)
+        self.iteration, self.images, self.seconds = state["iteration"], state["images"], state["seconds"]
+        self.skipped = state["skipped"]
+        if self.prompt_tracker:
+            self.prompt_tracker.load_state_dict(state["prompt_tracker"])
+        self.engine.load_state_dict(state["engine"])
+        torch.set_rng_state(state["rng"])
+        if state["rng_cuda"] is not None and self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["rng_cuda"], self.device)
+
+    def _export(self) -> None:
+        """The trained weights, averaged where there is an average, as stock diffusers loads them."""
+        final, temporary = self.folder / "export", self.folder / ".export"
+        shutil.rmtree(temporary, ignore_errors=True)
+        with self.ema.applied() if self.ema else nullcontext():
+            self.denoiser.export(temporary)
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(temporary, final)
+
+    @contextmanager
+    def _recorded(self):
+        """Writes how the run ended, its report, and a checkpoint where the state is whole."""
+        status, message = "failed", None
+        try:
+            yield
+            status = "finished"
+        except Stopped as stop:
+            status, message = "stopped", str(stop)
+            self._save()
+            raise
+        except BaseException as error:
+            message = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+            raise
+        finally:
+            self.tracker.close()
+            self.rewards.close()
+            self.eval_rewards.close()
+            write_run(self.folder, status=status, message=message)
+            write_report(self.folder)
+
+    def _leave_if_asked(self) -> None:
+        """Called only where the state is that of ``iteration`` finished iterations."""
+        if self._stop_signal is not None:
+            raise Stopped(signal.Signals(self._stop_signal).name, self.iteration)
+
+    @contextmanager
+    def _signals(self):
+        """The first SIGINT or SIGTERM asks for a clean stop; a second SIGINT ends at once."""
+
+        def ask(number, frame):
+            if self._stop_signal is not None and number == signal.SIGINT:
+                raise KeyboardInterrupt
+            self._stop_signal = number
+            print(f"\n{signal.Signals(number).name}: saving and leaving; press Ctrl-C again to leave at once", flush=True)
+
+        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def shuffled_pairs(rng: np.random.Generator, n: int, steps: torch.Tensor, fraction: float) -> np.ndarray:
+    """One pass over (trajectory, timestep) pairs: int64 (n S, 2), S = fraction of the trained steps, at least one.
+
+    Each trajectory has its own order of its timesteps. The k-th timesteps of all trajectories stand together, the trajectories
+    shuffled, so that every stretch of pairs covers trajectories and groups as evenly as can be.
+    """
+    kept = max(1, round(fraction * len(steps)))
+    orders = np.stack([rng.permutation(steps.numpy())[:kept] for _ in range(n)])
+    rows = [np.stack([i, orders[i, k]], 1) for k in range(kept) for i in [rng.permutation(n)]]
+    return np.concatenate(rows)
+
+
+def step_weights(table: TransitionTable, steps: torch.Tensor, config: Config) -> torch.Tensor:
+    """Factor of the loss of each step, float64 (T,): ``last_steps.weight`` on the last trained ones, else 1."""
+    weights = torch.ones(len(table), dtype=torch.float64)
+    weights[steps[-config.last_steps.count :]] = config.last_steps.weight
+    return weights
+
+
+def duration(seconds: float) -> str:
+    """A length of time for people: 45 s, 3 min 20 s, 2 h 05 min."""
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 1:
+        return f"{rest} s"
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"

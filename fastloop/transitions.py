@@ -1,0 +1,152 @@
+"""A diffusers scheduler config becomes a table of Gaussian transitions: all that the trainer knows of samplers.
+
+Whatever solver a repository ships, fastloop samples with DDIM and noise eta (arXiv 2010.02502, equations 12 and 16),
+since a policy gradient needs the density of each step. From the config it takes what the model was trained with (betas,
+prediction type) and the choice of timesteps. What only concerns the replaced solver (solver_order, use_karras_sigmas,
+skip_prk_steps ...) is ignored, and so is set_alpha_to_one: a step that would pass timestep 0 lands on the noise level
+of timestep 0, which keeps its sigma positive.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler
+
+# What diffusers takes an absent key for, then the classes that differ. Without a class name nothing is clipped.
+_DEFAULTS = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.0001,
+    "beta_end": 0.02,
+    "beta_schedule": "linear",
+    "trained_betas": None,
+    "rescale_betas_zero_snr": False,
+    "prediction_type": "epsilon",
+    "timestep_spacing": "leading",
+    "steps_offset": 0,
+    "clip_sample": False,
+}
+_CLIPS = {"clip_sample": True}
+_LINSPACE = {"timestep_spacing": "linspace"}
+_LINSPACE_SD_BETAS = _LINSPACE | {"beta_start": 0.00085, "beta_end": 0.012}
+_CLASS_DEFAULTS: dict[str | None, dict[str, Any]] = {
+    None: {},
+    "DDIMScheduler": _CLIPS,
+    "DDPMScheduler": _CLIPS,
+    "PNDMScheduler": {},
+    "DEISMultistepScheduler": _LINSPACE,
+    "DPMSolverMultistepScheduler": _LINSPACE,
+    "DPMSolverSinglestepScheduler": _LINSPACE,
+    "EulerAncestralDiscreteScheduler": _LINSPACE,
+    "EulerDiscreteScheduler": _LINSPACE,
+    "HeunDiscreteScheduler": _LINSPACE_SD_BETAS,
+    "KDPM2AncestralDiscreteScheduler": _LINSPACE_SD_BETAS,
+    "KDPM2DiscreteScheduler": _LINSPACE_SD_BETAS,
+    "LMSDiscreteScheduler": _LINSPACE,
+    "UniPCMultistepScheduler": _LINSPACE,
+}
+_FILE = "in scheduler/scheduler_config.json"
+_ACCEPTED = {
+    "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2"),
+    "prediction_type": ("epsilon", "v_prediction", "sample"),
+    "timestep_spacing": ("leading", "trailing", "linspace"),
+}
+_NOT_AFFINE = "the step is then not affine in the model output and has no Gaussian density; set it to false " + _FILE
+_REFUSED = {
+    "clip_sample": ((True,), _NOT_AFFINE),
+    "thresholding": ((True,), _NOT_AFFINE),
+    "use_flow_sigmas": ((True,), "this is flow matching; use a model trained with discrete betas"),
+    "timestep_type": (("continuous",), "this is an EDM model; use one trained with discrete betas"),
+    "variance_type": (("learned", "learned_range"), "the model predicts its variance too; use one that does not"),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class TransitionTable:
+    """Gaussian transitions x' = a x + b m + sigma z of one sampler, first step first; the first x is N(0, I)."""
+
+    timesteps: torch.Tensor  # int64 (T,): what the denoiser is called with
+    a: torch.Tensor  # float64 (T,): factor of the latents x
+    b: torch.Tensor  # float64 (T,): factor of the (guided) model output m
+    sigma: torch.Tensor  # float64 (T,): standard deviation of the noise
+
+    def __len__(self) -> int:
+        return len(self.timesteps)
+
+    @property
+    def trainable(self) -> torch.Tensor:
+        """bool (T,): where sigma > 0. The other steps are sampled, but have no density to train."""
+        return self.sigma > 0
+
+
+def transition_table(scheduler_config: Mapping[str, Any], steps: int, eta: float) -> TransitionTable:
+    """The DDIM table of `steps` transitions for a diffusers scheduler config, float64 on the CPU.
+
+    eta in [0, 1] scales the noise: 0 is deterministic, 1 is DDPM. As in diffusers' DDIMScheduler, the step from t lands
+    on the noise level of max(t - num_train_timesteps // steps, 0); from t = 0 that is no move at all (a = 1, b = sigma = 0).
+    Spacing is leading or trailing; linspace, which fits no fixed stride, is taken as leading with offset 1.
+
+    Raises ValueError, naming the key, for a config whose steps are not affine in the model output or not variance
+    preserving with discrete betas, for steps outside [1, num_train_timesteps] and for eta outside [0, 1].
+    """
+    settings = _checked_settings(scheduler_config)
+    prediction, train_steps = settings["prediction_type"], settings["num_train_timesteps"]
+    if not 1 <= steps <= train_steps:
+        raise ValueError(f"steps={steps}: must be between 1 and the scheduler's num_train_timesteps={train_steps}")
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta={eta}: must be between 0 (deterministic) and 1 (as noisy as DDPM)")
+    if settings["timestep_spacing"] == "linspace":
+        # Made for other solvers: DDIM's fixed stride would skip past its timesteps and leave noise in the last latents.
+        settings |= {"timestep_spacing": "leading", "steps_offset": 1}
+    scheduler = DDIMScheduler(**{key: settings[key] for key in _DEFAULTS})
+    # diffusers' own float32 noise levels, which the model was trained at; float64 from here on.
+    alphas_cumprod = scheduler.alphas_cumprod.double()
+    decreasing = alphas_cumprod[0] < 1 and (alphas_cumprod.diff() < 0).all() and alphas_cumprod[-1] >= 0
+    if len(alphas_cumprod) != train_steps or not decreasing:
+        keys = "beta_start, beta_end" if settings["trained_betas"] is None else "trained_betas"
+        raise ValueError(f"scheduler {keys}: must give num_train_timesteps={train_steps} betas in (0, 1); fix {_FILE}")
+
+    scheduler.set_timesteps(steps)
+    timesteps = scheduler.timesteps[:steps]  # some trailing spacings (61 steps of 1000) come with an extra timestep -1
+    if timesteps.min() < 0 or timesteps.max() >= train_steps:
+        raise ValueError(
+            f"scheduler steps_offset={settings['steps_offset']}: too large for steps={steps}; use fewer steps"
+        )
+    alpha = alphas_cumprod[timesteps]
+    alpha_next = alphas_cumprod[(timesteps - train_steps // steps).clamp(min=0)]
+    if prediction == "epsilon" and (alpha == 0).any():
+        raise ValueError(
+            "scheduler rescale_betas_zero_snr=true: x0 cannot be had from epsilon at the first timestep, which is pure"
+            f" noise; set it to false, or timestep_spacing to leading, {_FILE}"
+        )
+
+    signal, noise = alpha.sqrt(), (1 - alpha).sqrt()
+    zero, one = torch.zeros_like(alpha), torch.ones_like(alpha)
+    # x0 = cx x + cm m and eps = ex x + em m
+    cx, cm, ex, em = {
+        "epsilon": (1 / signal, -noise / signal, zero, one),
+        "v_prediction": (signal, -noise, noise, signal),
+        "sample": (zero, one, 1 / noise, -signal / noise),
+    }[prediction]
+    sigma = eta * ((1 - alpha_next) / (1 - alpha) * (1 - alpha / alpha_next)).sqrt()
+    direction = (1 - alpha_next - sigma**2).clamp(min=0).sqrt()  # the factor of eps in the mean
+    a = alpha_next.sqrt() * cx + direction * ex
+    b = alpha_next.sqrt() * cm + direction * em
+    return TransitionTable(timesteps, a, b, sigma)
+
+
+def _checked_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config with absent keys as its diffusers class takes them; ValueError where no table can be made of it."""
+    name = config.get("_class_name")
+    if name not in _CLASS_DEFAULTS:
+        known = ", ".join(filter(None, _CLASS_DEFAULTS))
+        raise ValueError(f"scheduler _class_name={name}: no discrete-beta sampler known here; use a model with {known}")
+    settings = _DEFAULTS | _CLASS_DEFAULTS[name] | dict(config)
+    for key, (values, problem) in _REFUSED.items():
+        if settings.get(key) in values:
+            raise ValueError(f"scheduler {key}={str(settings[key]).lower()}: {problem}")
+    for key, values in _ACCEPTED.items():
+        if settings[key] not in values:
+            raise ValueError(f"scheduler {key}={settings[key]}: unknown; set it to {' | '.join(values)} {_FILE}")
+    return settings

@@ -1,0 +1,146 @@
+"""The per-step Gaussian in plain PyTorch: the specification of the fused kernels, and the path without a GPU.
+
+    m    = u + w (c - u)                      classifier-free guidance; without u: m = c
+    mean = a x_t + b m
+    x'   = mean + sigma z,  z ~ N(0, I)
+    logp = -(1/D) sum (x' - mean)^2 / (2 sigma^2) - log sigma - log(2 pi) / 2
+
+Latents, coefficients, log-probs and reductions are float32, whatever the model's dtype. Both operators take the residual
+x' - mean of the *stored* x' and sum it along one fixed tree, so the same model outputs give bit-identical log-probs.
+
+Noise is counter-based, Philox 4x32-10 (Salmon et al., SC 2011): key = seed, counter = (element / 4, step, trajectory id).
+A trajectory's noise depends on nothing else: not on its micro-batch, not on the number of processes.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from fastloop.objectives import OBJECTIVES
+
+INITIAL = 2**32 - 1  # the step number under which x_T is drawn
+_MASK = 0xFFFFFFFF
+_ROUND_A, _ROUND_B, _KEY_A, _KEY_B = 0xD2511F53, 0xCD9E8D57, 0x9E3779B9, 0xBB67AE85
+
+
+@dataclass(frozen=True)
+class PolicyTerms:
+    """Per pair, float32 (B,): the loss with its gradient; the log-prob and the ratio without."""
+
+    loss: torch.Tensor
+    log_prob: torch.Tensor
+    ratio: torch.Tensor
+
+
+def philox(seed: int, counter: tuple[torch.Tensor | int, ...]) -> tuple[torch.Tensor, ...]:
+    """Philox 4x32-10: four words of 32 bits (int64 tensors) for each counter of four words. ``seed`` has 64 bits."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = seed & _MASK, (seed >> 32) & _MASK
+    for _ in range(10):
+        # the products wrap at 64 bits as unsigned ones do; the mask takes the sign extension off the high word
+        a, b = c0 * _ROUND_A, c2 * _ROUND_B
+        c0, c1, c2, c3 = ((b >> 32) & _MASK) ^ c1 ^ k0, b & _MASK, ((a >> 32) & _MASK) ^ c3 ^ k1, a & _MASK
+        k0, k1 = (k0 + _KEY_A) & _MASK, (k1 + _KEY_B) & _MASK
+    return c0, c1, c2, c3
+
+
+def normal(seed: int, trajectory: torch.Tensor, step: int, size: int) -> torch.Tensor:
+    """Standard normal noise, float32 (B, size), of trajectories (int64 (B,)) at a step (Box-Muller on 23-bit uniforms).
+
+    Element e takes word e % 4 of counter e // 4; words 0, 1 and 2, 3 make the two pairs.
+    """
+    block = torch.arange(-(-size // 4), device=trajectory.device)[None, :]
+    low, high = (trajectory & _MASK)[:, None], ((trajectory >> 32) & _MASK)[:, None]
+    words = philox(seed, (block + 0 * low, step + 0 * (block + low), low + 0 * block, high + 0 * block))
+    uniform = [((word >> 9).float() + 0.5) * 2.0**-23 for word in words]  # exact in float32, in (0, 1)
+    pairs = []
+    for u, v in (uniform[:2], uniform[2:]):
+        radius, angle = (-2 * u.log()).sqrt(), 2 * math.pi * v
+        pairs += [radius * angle.cos(), radius * angle.sin()]
+    return torch.stack(pairs, -1).flatten(1)[:, :size]
+
+
+def initial_noise(seed: int, trajectory: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """x_T of trajectories (int64 (B,)): float32 (B, *shape)."""
+    return normal(seed, trajectory, INITIAL, math.prod(shape)).view(-1, *shape)
+
+
+def sample_transition(
+    cond: torch.Tensor,
+    uncond: torch.Tensor | None,
+    x_t: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    sigma: torch.Tensor,
+    guidance: float,
+    seed: int,
+    trajectory: torch.Tensor,
+    step: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One reverse step: guidance, mean, noise, sample and its log-prob.
+
+    Args:
+        cond, uncond: model outputs (B, ...), any floating dtype; ``uncond`` is ``None`` without guidance.
+        x_t: float32 (B, ...). a, b, sigma: float32 (B,). trajectory: int64 (B,).
+
+    Returns:
+        x_{t-1} float32 (B, ...) and its log-prob float32 (B,); where sigma is 0 the step is its mean and the log-prob 0.
+    """
+    mean = transition_mean(cond, uncond, x_t, a, b, guidance)
+    noise = normal(seed, trajectory, step, x_t[0].numel()).view_as(x_t)
+    x_prev = mean + _expand(sigma, mean) * noise
+    return x_prev, _log_prob(mean, x_prev, sigma)
+
+
+def policy_loss(
+    cond: torch.Tensor,
+    uncond: torch.Tensor | None,
+    x_t: torch.Tensor,
+    x_prev: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    sigma: torch.Tensor,
+    guidance: float,
+    log_prob_old: torch.Tensor,
+    advantage: torch.Tensor,
+    clip_range: float,
+    objective: str,
+) -> PolicyTerms:
+    """The policy-gradient loss of (trajectory, timestep) pairs, with gradients for ``cond`` and ``uncond``.
+
+    Args:
+        cond, uncond, x_t, a, b, sigma, guidance: as in ``sample_transition``; x_prev: float32 (B, ...), as stored.
+        log_prob_old, advantage: float32 (B,). objective: a key of ``fastloop.objectives.OBJECTIVES``.
+    """
+    mean = transition_mean(cond, uncond, x_t, a, b, guidance)
+    log_prob = _log_prob(mean, x_prev, sigma)
+    loss = OBJECTIVES[objective](log_prob, log_prob_old, advantage, clip_range)
+    return PolicyTerms(loss, log_prob.detach(), (log_prob.detach() - log_prob_old).exp())
+
+
+def transition_mean(cond, uncond, x_t, a, b, guidance: float) -> torch.Tensor:
+    """a x_t + b (u + w (c - u)), float32 (B, ...)."""
+    cond = cond.float()
+    guided = cond if uncond is None else uncond.float() + guidance * (cond - uncond.float())
+    return _expand(a, x_t) * x_t + _expand(b, x_t) * guided
+
+
+def _log_prob(mean: torch.Tensor, x_prev: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+    squares = (x_prev - mean).square().flatten(1)
+    size = squares.shape[1]
+    # A fixed tree of element-wise sums: torch's own reduction may split a row among threads when the batch is small.
+    width = 1 << (size - 1).bit_length()
+    total = torch.nn.functional.pad(squares, (0, width - size))
+    while width > 1:
+        width //= 2
+        total = total[:, :width] + total[:, width:]
+    safe = torch.where(sigma > 0, sigma, 1.0)
+    log_prob = -total[:, 0] / (2 * size * safe.square()) - safe.log() - 0.5 * math.log(2 * math.pi)
+    return torch.where(sigma > 0, log_prob, 0.0)
+
+
+def _expand(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    return value.view(-1, *[1] * (like.dim() - 1))
