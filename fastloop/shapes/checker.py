@@ -52,14 +52,16 @@ class Verdict:
 def find_objects(image: np.ndarray) -> list[Found]:
     """The objects in a picture (uint8, (64, 64, 3)), largest first.
 
-    A pixel belongs to the colour whose direction from the background it lies on (so dark stripes and soft edges keep their
-    colour); connected pixels of one colour are an object.
+    A pixel belongs to the colour whose direction from the background it lies on (so dark stripes and soft edges keep
+    their colour); connected pixels of one colour are an object.
     """
     if image.shape != (SIZE, SIZE, 3) or image.dtype != np.uint8:
         raise ValueError(f"expected a uint8 image of {SIZE} x {SIZE} x 3, got {image.dtype} {image.shape}")
     offset = image.astype(float) - BACKGROUND
     strength = np.linalg.norm(offset, axis=-1)
-    color = np.where(strength > 45, (offset @ _DIRECTION.T).argmax(-1), -1)
+    along = offset @ _DIRECTION.T
+    # what is darker than the background has no colour: a black picture is empty
+    color = np.where((strength > 45) & (along.max(-1) > 0), along.argmax(-1), -1)
     found = []
     for index, name in enumerate(COLORS):
         labels, count = ndimage.label(color == index, structure=np.ones((3, 3)))
@@ -67,17 +69,17 @@ def find_objects(image: np.ndarray) -> list[Found]:
             mask = labels == k
             if (area := int(mask.sum())) < MIN_AREA:
                 continue
-            level = offset @ _DIRECTION[index] / _LENGTH[index]
+            level = along[..., index] / _LENGTH[index]
             y, x = ndimage.center_of_mass(mask)
             found.append(Found(_shape(mask, level), name, _texture(mask, level), (x + 0.5, y + 0.5), area))
     return sorted(found, key=lambda o: -o.area)
 
 
 def check(prompt: str, image: np.ndarray) -> Verdict:
-    """How far a picture (uint8, (64, 64, 3)) fulfils a prompt. Raises ``ValueError`` for a prompt outside the grammar."""
+    """How far a picture (uint8, (64, 64, 3)) fulfils a prompt. Raises ``ValueError`` for one outside the grammar."""
     request = parse(prompt)
     found = find_objects(image)
-    credit = np.array([[_credit(thing, o)[0] for o in found] for thing in request.things]).reshape(-1, len(found))
+    credit = np.array([[_credit(thing, o)[0] for o in found] for thing in request.things])
     rows, columns = linear_sum_assignment(credit, maximize=True)
     matched = {row: column for row, column in zip(rows, columns, strict=True) if credit[row, column] > 0}
     score = sum(credit[row, column] for row, column in matched.items()) / max(len(request.things), len(found))

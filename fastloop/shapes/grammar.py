@@ -1,8 +1,8 @@
 """Prompts of the shapes world: what can be said, and what a sentence asks for.
 
-Five categories after T2I-CompBench (arXiv 2307.06350): color, shape, texture, spatial, numeracy. A prompt is *held out* when
-it contains a binding (a colour with a shape, a texture with a shape, a pair of shapes, a number with a shape) from the
-held-out set; no training prompt contains one, so the held-out score measures unseen combinations of known words.
+Five categories after T2I-CompBench (arXiv 2307.06350): color, shape, texture, spatial, numeracy. A prompt is *held out*
+when it contains a binding (a colour with a shape, a texture with a shape, a pair of shapes, a number with a shape) from
+the held-out set; no training prompt contains one, so the held-out score measures unseen combinations of known words.
 """
 
 from __future__ import annotations
@@ -93,9 +93,7 @@ def all_requests(category: str) -> list[Request]:
         return [Request(category, pair, relation) for pair in pairs for relation in RELATIONS]
     if category == "texture":
         textures = [(s, t) for s, t in itertools.permutations(TEXTURES, 2)]
-        return [
-            Request(category, (replace(a, texture=s), replace(b, texture=t))) for a, b in pairs for s, t in textures
-        ]
+        return [Request(category, (replace(a, texture=s), replace(b, texture=t))) for a, b in pairs for s, t in textures]
     if category == "color":
         return [Request(category, pair) for pair in pairs]
     raise ValueError(f"unknown category {category!r}: one of {', '.join(CATEGORIES)}")

@@ -66,7 +66,10 @@ def draw(count: int, rng: np.random.Generator, noise: float) -> tuple[torch.Tens
 
 
 def build_tokenizer() -> CLIPTokenizer:
-    """A CLIP tokenizer in which every word of the grammar is one token; other text falls back to pieces."""
+    """A CLIP tokenizer in which every word of the grammar is one token; other text falls back to pieces.
+
+    The library breaks ties between merges at random, so the ids of two calls differ: a model needs its own tokenizer's files.
+    """
     words = {word for category in CATEGORIES for request in all_requests(category) for word in request.prompt.split()}
     pieces = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token="<|endoftext|>"))
     pieces.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -178,10 +181,7 @@ def train_denoiser(pipeline: StableDiffusionPipeline, args: argparse.Namespace, 
     unet, text_encoder, vae = pipeline.unet, pipeline.text_encoder, pipeline.vae
     pictures, captions = draw(args.pictures, np.random.default_rng(2), args.caption_noise)
     with torch.no_grad():
-        moments = [
-            vae.encode(p.float() / 127.5 - 1).latent_dist.parameters
-            for p in tqdm(pictures.split(256), desc="latents")
-        ]
+        moments = [vae.encode(p.float() / 127.5 - 1).latent_dist.parameters for p in tqdm(pictures.split(256), desc="latents")]
     mean, logvar = torch.cat(moments).chunk(2, 1)
     std = (0.5 * logvar.clamp(-30, 20)).exp()
     ids = pipeline.tokenizer(captions, padding="max_length", max_length=TOKENS, return_tensors="pt").input_ids
@@ -247,9 +247,7 @@ def score(pipeline: StableDiffusionPipeline, per_category: int = 40) -> dict[str
             generator=torch.Generator().manual_seed(4),
         ).images
         images = np.round(images * 255).astype(np.uint8)
-        scores[category] = round(
-            float(np.mean([check(p, im).score for p, im in zip(prompts, images, strict=True)])), 4
-        )
+        scores[category] = round(float(np.mean([check(p, im).score for p, im in zip(prompts, images, strict=True)])), 4)
     scores["mean"] = round(float(np.mean(list(scores.values()))), 4)
     for module in modules[:2]:
         module.train()
@@ -263,6 +261,9 @@ def save(pipeline: StableDiffusionPipeline, folder: Path, log: list[dict], args:
     for name in dtypes:
         getattr(pipeline, name).half()
     pipeline.save_pretrained(folder, safe_serialization=True)
+    # transformers would take half precision for this part from its config, diffusers loads the others in float32
+    text_config = folder / "text_encoder" / "config.json"
+    text_config.write_text(json.dumps(json.loads(text_config.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
     for name, dtype in dtypes.items():
         getattr(pipeline, name).to(dtype).load_state_dict(weights[name])
     settings = {k: v for k, v in vars(args).items() if k != "out"}

@@ -88,7 +88,7 @@ def place(request: Request, rng: np.random.Generator) -> list[Placed]:
 
 
 def _holds(relation: str | None, centres: np.ndarray) -> bool:
-    """Whether the first two centres stand in a relation with 4 pixels to spare: a triangle's centre of mass lies below its centre."""
+    """Whether two centres stand in a relation, 4 pixels to spare: a triangle's centre of mass is below its centre."""
     if relation is None:
         return True
     dx, dy = centres[1] - centres[0]
