@@ -1,8 +1,8 @@
 """Checkpoints: complete, atomic, newest last. A killed run leaves whole checkpoints or none, never half of one.
 
-    checkpoints/iteration-000010/weights.safetensors   the trained weights
-                                 ema.safetensors       their moving average, where there is one
-                                 state.pt              optimizer, tracker, counters, RNG (tensors and plain values only)
+checkpoints/iteration-000010/weights.safetensors   the trained weights
+                             ema.safetensors       their moving average, where there is one
+                             state.pt              optimizer, tracker, counters, RNG (tensors and plain values only)
 """
 
 from __future__ import annotations
@@ -30,6 +30,9 @@ def save_checkpoint(
 ) -> Path:
     """Writes ``folder/iteration-NNNNNN`` (temporary folder, fsync, rename) and removes all but the ``keep`` newest."""
     folder.mkdir(parents=True, exist_ok=True)
+    final = folder / f"{_PREFIX}{iteration:06d}"
+    if final.exists():  # the same iteration again, after a resume: same content
+        return final
     temporary = folder / f".writing-{iteration}-{os.getpid()}"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
@@ -40,9 +43,6 @@ def save_checkpoint(
     torch.save(state, temporary / "state.pt")
     for path in (*temporary.iterdir(), temporary):
         _sync(path)
-    final = folder / f"{_PREFIX}{iteration:06d}"
-    if final.exists():  # the same iteration again, after a resume: same content
-        shutil.rmtree(final)
     os.replace(temporary, final)
     _sync(folder)
     for old in list_checkpoints(folder)[:-keep]:
@@ -52,7 +52,12 @@ def save_checkpoint(
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Whole checkpoints, oldest first."""
-    return sorted(p for p in folder.glob(f"{_PREFIX}*") if p.is_dir())
+    return sorted(p for p in folder.glob(f"{_PREFIX}*") if p.is_dir() and p.name.removeprefix(_PREFIX).isdecimal())
+
+
+def iteration_of(checkpoint: Path) -> int:
+    """The number of finished iterations that a checkpoint holds."""
+    return int(checkpoint.name.removeprefix(_PREFIX))
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -72,9 +77,8 @@ def load_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, torc
         ema = load_file(path / "ema.safetensors") if (path / "ema.safetensors").exists() else None
         return weights, ema, torch.load(path / "state.pt", weights_only=True)
     except Exception as error:
-        raise UserError(
-            f"cannot read the checkpoint {path}: {str(error).splitlines()[0]}; remove it to resume from the one before"
-        ) from None
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"cannot read the checkpoint {path}: {reason}; remove it to resume from the one before") from None
 
 
 def load_weights(parameters: dict[str, torch.nn.Parameter], weights: dict[str, torch.Tensor]) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from fastloop.algorithms import ALGORITHMS
 from fastloop.errors import UserError
@@ -17,7 +19,14 @@ Fraction = Annotated[float, Field(gt=0, le=1)]
 
 
 class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_switch_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, bool) and cls.model_fields[info.field_name].annotation is not bool:
+            raise ValueError(f"cannot be {str(value).lower()}; YAML also reads yes, no, on and off so: put text in quotes")
+        return value
 
 
 class LoraConfig(Strict):
@@ -33,12 +42,12 @@ class LoraConfig(Strict):
 class ModelConfig(Strict):
     """Which model, and what of it is trained."""
 
-    path: str = Field("assets:shapes", description="assets:shapes, a diffusers folder, or a hub id")
+    path: str = Field("assets:shapes", min_length=1, description="assets:shapes, a diffusers folder, or a hub id")
     revision: str | None = Field(None, description="of a hub id")
     variant: str | None = Field(None, description="file variant, such as fp16")
     adapter: Literal["lora", "full"] = "lora"
     lora: LoraConfig = LoraConfig()
-    dtype: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="of the model; latents and log-probs stay float32")
+    dtype: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="latents and log-probs stay float32")
     attention: Literal["sdpa", "xformers"] = "sdpa"
 
 
@@ -46,16 +55,30 @@ class PromptsConfig(Strict):
     """Where prompts come from."""
 
     source: str = Field("shapes_train", description="shapes_train, shapes_heldout, animals, FILE.txt or FILE.jsonl")
-    categories: list[str] | None = Field(None, description="of the shapes sources: only these")
+    categories: list[str] | None = Field(None, min_length=1, description="of the shapes sources: only these")
     limit: Positive | None = Field(None, description="at most so many prompts; categories in equal shares")
+
+
+class EvalPromptsConfig(PromptsConfig):
+    """As `prompts`, but the held-out ones."""
+
+    source: str = Field(None, description="default: shapes_heldout beside the shapes prompts, else prompts.source")
+    limit: Positive | None = 50
 
 
 class RewardConfig(Strict):
     """One term of the weighted sum. ``params`` go to the reward itself."""
 
     name: str = Field(description="a registered reward, or MODULE:FUNCTION")
-    weight: float = Field(1.0, allow_inf_nan=False)
+    weight: float = 1.0
     params: dict[str, Any] = {}
+
+    @field_validator("params")
+    @classmethod
+    def _numbers_with_exponents(cls, params: dict[str, Any]) -> dict[str, Any]:
+        """YAML 1.1 reads 1e-4 as text, and nothing here knows which params are numbers."""
+        number = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
+        return {k: float(v) if isinstance(v, str) and number.fullmatch(v) else v for k, v in params.items()}
 
 
 class SamplingConfig(Strict):
@@ -73,7 +96,7 @@ class EvalConfig(Strict):
     """Held-out prompts on fixed seeds."""
 
     every: Positive = Field(10, description="iterations; the first and the last state are always evaluated")
-    prompts: PromptsConfig = PromptsConfig(source="shapes_heldout", limit=50)
+    prompts: EvalPromptsConfig = EvalPromptsConfig()
     rewards: list[RewardConfig] | None = Field(None, description="default: the training rewards")
     images_per_prompt: Positive = 2
     steps: Positive | None = Field(None, description="denoising steps; default: sampling.steps")
@@ -104,10 +127,15 @@ class EmaConfig(Strict):
 class OptimizerConfig(Strict):
     name: Literal["adamw"] = "adamw"
     lr: Annotated[float, Field(gt=0)] = 3e-4
+    schedule: Literal["constant", "linear"] = Field("constant", description="linear: from lr down to 0 at the last iteration")
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     eps: Annotated[float, Field(gt=0)] = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+
+    def lr_at(self, iteration: int, iterations: int) -> float:
+        """The learning rate of an iteration, counted from 0, of a run of ``iterations``."""
+        return self.lr * (1 - iteration / iterations) if self.schedule == "linear" else self.lr
 
 
 class MemoryConfig(Strict):
@@ -159,12 +187,12 @@ class Config(Strict):
     sampling: SamplingConfig = SamplingConfig()
     prompts_per_step: Positive = 16
     images_per_prompt: Positive = 4
-    updates_per_rollout: Positive | None = Field(None, description="optimizer steps per rollout; default: the algorithm's")
+    updates_per_rollout: Positive | None = Field(None, description="optimizer steps; default: the algorithm's")
     passes_per_rollout: Positive = Field(1, description="times each pair is trained on; divides updates_per_rollout")
-    timestep_fraction: Fraction = Field(1.0, description="share of the timesteps trained, drawn anew for each trajectory")
+    timestep_fraction: Fraction = Field(1.0, description="share of the timesteps trained, drawn for each trajectory")
     last_steps: LastStepsConfig = LastStepsConfig()
     clip_range: Annotated[float, Field(gt=0)] = 1e-4
-    advantage_clamp: Annotated[float, Field(gt=0)] | None = Field(None, description="default: the algorithm's")
+    advantage_clamp: Annotated[float, Field(gt=0)] | None = Field(None, description="default: the algorithm's; null: none")
     normalize_advantages: bool = Field(False, description="divide by the std over the whole rollout")
     kl: KlConfig = KlConfig()
     ema: EmaConfig = EmaConfig()
@@ -177,22 +205,32 @@ class Config(Strict):
     checkpoint: CheckpointConfig = CheckpointConfig()
     iterations: Positive = 60
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    output_dir: str = "runs/default"
+    output_dir: str = Field("runs/default", min_length=1)
 
     @model_validator(mode="before")
     @classmethod
-    def _algorithm_defaults(cls, values: Any) -> Any:
-        """Fills what the algorithm decides and the file leaves open."""
-        algorithm = ALGORITHMS.get(values.get("algorithm", "loop")) if isinstance(values, dict) else None
-        if algorithm is None:
+    def _fill_defaults(cls, values: Any) -> Any:
+        """Fills what other keys decide and the file leaves open: what the algorithm brings, the held-out prompts."""
+        if not isinstance(values, dict):
             return values
+        evaluation = values.get("eval", {})
+        held_out = evaluation.get("prompts", {}) if isinstance(evaluation, dict) else None
+        if isinstance(held_out, dict) and held_out.get("source") is None:
+            prompts = values.get("prompts", {})
+            source = prompts.get("source", "shapes_train") if isinstance(prompts, dict) else "shapes_train"
+            source = "shapes_heldout" if source == "shapes_train" else source
+            values = {**values, "eval": {**evaluation, "prompts": {**held_out, "source": source}}}
+        name = values.get("algorithm", "loop")
+        if not isinstance(name, str) or name not in ALGORITHMS:
+            return values
+        algorithm = ALGORITHMS[name]
         defaults = {
             "advantage": algorithm.advantage,
             "objective": algorithm.objective,
             "updates_per_rollout": algorithm.updates_per_rollout,
-            "advantage_clamp": algorithm.advantage_clamp,
         }
-        return {**values, **{key: value for key, value in defaults.items() if values.get(key) is None}}
+        filled = {key: value for key, value in defaults.items() if values.get(key) is None}
+        return {"advantage_clamp": algorithm.advantage_clamp, **values, **filled}  # a clamp of null is none at all
 
     @model_validator(mode="after")
     def _cross_field(self) -> Config:
@@ -214,12 +252,7 @@ class Config(Strict):
             )
         if self.last_steps.drop >= self.sampling.steps:
             raise ValueError(
-                f"last_steps.drop: {self.last_steps.drop} leaves none of the {self.sampling.steps} sampling.steps to train"
-            )
-        if self.updates_per_rollout > self.passes_per_rollout * self.pairs_per_pass:
-            raise ValueError(
-                f"updates_per_rollout: {self.updates_per_rollout} updates, but a rollout has only "
-                f"{self.passes_per_rollout * self.pairs_per_pass} (trajectory, timestep) pairs: use fewer"
+                f"last_steps.drop: {self.last_steps.drop} leaves none of sampling.steps={self.sampling.steps} to train"
             )
         if self.objective == "score_function" and self.passes_per_rollout > 1:
             raise ValueError(
@@ -232,15 +265,6 @@ class Config(Strict):
     def images_per_rollout(self) -> int:
         return self.prompts_per_step * self.images_per_prompt
 
-    @property
-    def trained_steps(self) -> int:
-        """Timesteps trained per trajectory and pass, at least one."""
-        return max(1, round(self.timestep_fraction * (self.sampling.steps - self.last_steps.drop)))
-
-    @property
-    def pairs_per_pass(self) -> int:
-        return self.images_per_rollout * self.trained_steps
-
 
 def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
     """Reads a YAML file and applies ``key=value`` overrides with dotted keys.
@@ -250,20 +274,34 @@ def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
     """
     path = Path(path)
     try:
-        values = yaml.safe_load(path.read_text())
+        values = yaml.load(path.read_text(), _UniqueKeys)
     except FileNotFoundError:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.y*ml")], 1)
         hint = f": did you mean {path.parent / near[0]}?" if near else ": the recipes are in configs/"
         raise UserError(f"no config file {path}{hint}") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the config file {path}: {error}") from None
-    except yaml.YAMLError as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot read the config file {path}: {reason}; give a YAML file, as in configs/") from None
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: 2024-13-01 is no date
         mark = getattr(error, "problem_mark", None)
-        where = f" line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise UserError(f"{path}:{where} is not valid YAML: {getattr(error, 'problem', error)}") from None
+        where = f", line {mark.line + 1}, column {mark.column + 1}," if mark else ""
+        raise UserError(f"{path}{where} is not valid YAML: {getattr(error, 'problem', error)}") from None
     if not isinstance(values, dict):
-        raise UserError(f"{path}: expected keys such as 'algorithm: loop', found {type(values).__name__}")
+        found = "nothing" if values is None else f"a {type(values).__name__}"
+        raise UserError(f"{path}: expected keys such as 'algorithm: loop', found {found}")
     return parse_config(apply_overrides(values, overrides), str(path))
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML as it is meant: of a key given twice PyYAML would silently take the last."""
+
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        node, seen = super().compose_mapping_node(anchor), set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"the key {key.value!r} is given twice", problem_mark=key.start_mark)
+            seen.add(key.value)
+        return node
 
 
 def apply_overrides(values: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
@@ -275,19 +313,14 @@ def apply_overrides(values: dict[str, Any], overrides: list[str]) -> dict[str, A
             raise UserError(f"override {text!r}: write it as key=value, for example sampling.steps=20")
         try:
             parsed = yaml.safe_load(value)
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError):
             raise UserError(f"override {key}: {value!r} is not a YAML value; quote it") from None
-        if isinstance(parsed, str):  # YAML 1.1 reads 1e-4 as text
-            try:
-                parsed = float(parsed)
-            except ValueError:
-                pass
         *parents, last = key.split(".")
         node: Any = values
         for part in parents:
             node = _step_into(node, part, key)
         if isinstance(node, list):
-            if not last.isdigit() or int(last) >= len(node):
+            if not last.isdecimal() or int(last) >= len(node):
                 raise UserError(f"override {key}: {last!r} is not one of the items 0 to {len(node) - 1}")
             node[int(last)] = parsed
         else:
@@ -297,7 +330,7 @@ def apply_overrides(values: dict[str, Any], overrides: list[str]) -> dict[str, A
 
 def _step_into(node: Any, part: str, key: str) -> Any:
     if isinstance(node, list):
-        if not part.isdigit() or int(part) >= len(node):
+        if not part.isdecimal() or int(part) >= len(node):
             raise UserError(f"override {key}: {part!r} is not one of the items 0 to {len(node) - 1}")
         return node[int(part)]
     if node.get(part) is None:
@@ -308,11 +341,12 @@ def _step_into(node: Any, part: str, key: str) -> Any:
 
 
 def parse_config(values: dict[str, Any], source: str) -> Config:
-    """A validated configuration. Raises ``UserError`` with one line: source, key, what is wrong, the nearest right name."""
+    """A validated configuration. Raises ``UserError`` with one line: source, key, what is wrong, nearest right name."""
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        problems = error.errors()
+        # a misspelt key first: what it leaves missing follows from it
+        problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise UserError(f"{source}: {_explain(problems[0])}{more}") from None
 
@@ -323,18 +357,26 @@ def dump_config(config: Config) -> str:
 
 
 def _explain(problem: dict[str, Any]) -> str:
-    key = ".".join(str(part) for part in problem["loc"])
-    if problem["type"] == "extra_forbidden":
-        *parents, last = problem["loc"]
-        known = list(_model_at(parents).model_fields)
-        near = difflib.get_close_matches(str(last), known, 1, cutoff=0.5)
-        remedy = f"did you mean {near[0]!r}?" if near else f"the keys here are {', '.join(known)}"
+    kind, value, parents = problem["type"], problem["input"], list(problem["loc"])
+    key = ".".join(str(part) for part in parents)
+    if kind == "extra_forbidden":
+        known = list(_model_at(parents[:-1]).model_fields)
+        near = difflib.get_close_matches(str(parents[-1]), known, 1)
+        near += [path for path in _paths(Config) if path.split(".")[-1] == parents[-1]]
+        remedy = f"did you mean {' or '.join(map(repr, near))}?" if near else f"the keys here are {', '.join(known)}"
         return f"{key}: unknown key; {remedy}"
-    if problem["type"] == "value_error":
-        return str(problem["ctx"]["error"])
-    if problem["type"] == "missing":
+    if kind == "value_error":  # cross-field rules name their key themselves
+        return f"{key}: {problem['ctx']['error']}" if key else str(problem["ctx"]["error"])
+    if kind == "missing":
         return f"{key}: missing; add it"
-    return f"{key}: {problem['msg'][0].lower()}{problem['msg'][1:]}, got {problem['input']!r}"
+    if kind == "model_type":
+        return f"{key}: expected keys below it ({', '.join(_model_at(parents).model_fields)}), got {value!r}"
+    if kind == "list_type":
+        return f"{key}: expected a list in [ ], got {value!r}"
+    if kind == "string_type":
+        quote = "" if value is None or isinstance(value, (dict, list)) else "; put it in quotes"
+        return f"{key}: expected text, got {value!r}{quote}"
+    return f"{key}: {problem['msg'][0].lower()}{problem['msg'][1:]}, got {value!r}"
 
 
 def _model_at(parents: list[Any]) -> type[BaseModel]:
@@ -342,8 +384,21 @@ def _model_at(parents: list[Any]) -> type[BaseModel]:
     model: type[BaseModel] = Config
     for part in parents:
         if isinstance(part, str):
-            annotation = model.model_fields[part].annotation
-            candidates = [annotation, *get_args(annotation)]
-            candidates += [inner for outer in candidates for inner in get_args(outer)]
-            model = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
+            model = _model_of(model.model_fields[part].annotation)
     return model
+
+
+def _model_of(annotation: Any) -> type[BaseModel] | None:
+    """The model in an annotation such as ``list[RewardConfig] | None``; ``None`` where there is none."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((model for inner in get_args(annotation) if (model := _model_of(inner))), None)
+
+
+def _paths(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """The dotted names of all keys, without those of list items."""
+    for name, field in model.model_fields.items():
+        yield prefix + name
+        below = _model_of(field.annotation)
+        if below and isinstance(field.annotation, type):
+            yield from _paths(below, f"{prefix}{name}.")

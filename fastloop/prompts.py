@@ -17,7 +17,7 @@ from fastloop.shapes import grammar
 PER_CATEGORY = 400  # of the shapes sources, unless `limit` says fewer: enough that a training prompt hardly comes twice
 
 # The 45 common animals of DDPO's prompt list
-ANIMALS = (
+ANIMALS = (  # noqa: SIM905
     "cat dog horse monkey rabbit zebra spider bird sheep deer cow goat lion tiger bear raccoon fox wolf lizard beetle "
     "ant butterfly fish shark whale dolphin squirrel mouse rat snake turtle frog chicken duck goose bee pig turkey fly "
     "llama camel bat gorilla hedgehog kangaroo"
@@ -36,7 +36,7 @@ def load_prompts(config: PromptsConfig, key: str = "prompts") -> list[Prompt]:
     """The prompts of a source, in a fixed order.
 
     Raises:
-        UserError: unknown source, missing or empty file, a line that cannot be read; ``key`` names the place in the config.
+        UserError: unknown source, missing or empty file, a line that cannot be read; ``key`` names the config's key.
     """
     if config.source in ("shapes_train", "shapes_heldout"):
         return _shapes(config, key)
@@ -71,8 +71,8 @@ def _shapes(config: PromptsConfig, key: str) -> list[Prompt]:
 
 def _read(path: Path, key: str) -> list[Prompt]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # JSON strings may hold other line separators
+    except (OSError, ValueError) as error:
         raise UserError(f"{key}.source: cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
     prompts = []
     for number, line in enumerate(lines, 1):

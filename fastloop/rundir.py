@@ -10,13 +10,11 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from fastloop.checkpoints import list_checkpoints, remove_leftovers
-from fastloop.config import Config, dump_config, parse_config
+from fastloop.checkpoints import iteration_of, list_checkpoints, remove_leftovers
+from fastloop.config import Config, dump_config, load_config
 from fastloop.errors import UserError
 from fastloop.machine import versions
-from fastloop.tracking import replace_text
+from fastloop.tracking import read_rows, replace_text
 
 # What may change between the two halves of a run; everything else would make it another run.
 MAY_CHANGE = ("iterations", "output_dir", "checkpoint", "tracking", "safety", "engine.device")
@@ -29,7 +27,8 @@ def claim_run_dir(config: Config, resume: bool) -> tuple[Path, Path | None, bool
         The folder, the checkpoint to go on from (``None``: from the start), and whether a run was there before.
 
     Raises:
-        UserError: the folder cannot be written, holds a run and ``resume`` is false, or holds a run of another configuration.
+        UserError: the folder cannot be written, or holds a run that ``resume`` does not ask for, that has another
+            configuration, that has gone further than ``iterations``, or whose records are damaged.
     """
     folder = Path(config.output_dir).expanduser()
     try:
@@ -37,14 +36,23 @@ def claim_run_dir(config: Config, resume: bool) -> tuple[Path, Path | None, bool
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise UserError(f"output_dir: cannot write to {folder}: {error.strerror}; choose another with output_dir=") from None
+        raise UserError(f"output_dir: cannot write to {folder}: {error.strerror}; choose another output_dir=") from None
     existing = folder / "config.yaml"
-    if not existing.exists():
+    earlier = load_config(existing) if existing.exists() else None
+    # Training begins with run.json: where there is none, a start was refused (model.path, say) and nothing is lost.
+    # A config.yaml that is not as we write it is the user's own.
+    refused = earlier and not (folder / "run.json").exists() and existing.read_text() == dump_config(earlier)
+    if earlier is None or refused:
         replace_text(existing, dump_config(config))
         return folder, None, False
     if not resume:
-        raise UserError(f"output_dir: {folder} already holds a run: add --resume to go on, or choose another output_dir=")
-    before = _flat(parse_config(yaml.safe_load(existing.read_text()), str(existing)).model_dump(mode="json"))
+        raise UserError(f"output_dir: {folder} already holds a run: add --resume, or choose another output_dir=")
+    try:
+        for name in ("metrics.jsonl", "eval.jsonl"):
+            read_rows(folder / name)
+    except ValueError as error:
+        raise UserError(f"--resume: {error}: mend or remove that line") from None
+    before = _flat(earlier.model_dump(mode="json"))
     now = _flat(config.model_dump(mode="json"))
     for key in sorted({*before, *now}):
         if before.get(key) != now.get(key) and not key.startswith(MAY_CHANGE):
@@ -52,10 +60,12 @@ def claim_run_dir(config: Config, resume: bool) -> tuple[Path, Path | None, bool
                 f"--resume: {key} is {before.get(key)!r} in {existing} and {now.get(key)!r} now: "
                 "set it back, or start a new run with another output_dir="
             )
+    found = list_checkpoints(folder / "checkpoints")
+    done = iteration_of(found[-1]) if found else 0
+    if config.iterations < done:
+        raise UserError(f"iterations: {config.iterations}, but the run in {folder} has finished {done}: set at least {done}")
+    remove_leftovers(folder / "checkpoints")
     replace_text(existing, dump_config(config))
-    checkpoints = folder / "checkpoints"
-    remove_leftovers(checkpoints)
-    found = list_checkpoints(checkpoints)
     return folder, (found[-1] if found else None), True
 
 
@@ -64,7 +74,7 @@ def read_run_config(folder: Path) -> Config:
     path = folder / "config.yaml"
     if not path.exists():
         raise UserError(f"{folder} holds no run: it has no config.yaml")
-    return parse_config(yaml.safe_load(path.read_text()), str(path))
+    return load_config(path)
 
 
 def write_run(folder: Path, *, status: str, message: str | None = None, machine: dict[str, Any] | None = None) -> None:
@@ -74,7 +84,8 @@ def write_run(folder: Path, *, status: str, message: str | None = None, machine:
     facts = json.loads(path.read_text()) if path.exists() else {"started": now}
     facts |= {"status": status, "message": message, "finished": now if status != "running" else None}
     if machine is not None:
-        facts |= {"machine": machine, "versions": versions(), "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}
+        command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+        facts |= {"machine": machine, "versions": versions(), "command": command}
     replace_text(path, json.dumps(facts, indent=1))
 
 

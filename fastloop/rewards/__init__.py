@@ -1,13 +1,15 @@
 """Rewards: a registry, weighted sums, and an executor that scores one batch while the next is sampled.
 
-A reward is called as ``reward(images, prompts, metadata)`` with uint8 pictures (n, height, width, 3), n prompts and n metadata
-dictionaries, and returns n finite numbers; higher is better. It may have ``validate(prompts)``, called before any model
-loads, and ``explain(image, prompt)``, one line for the sample grids.
+A reward is called as ``reward(images, prompts, metadata)`` with uint8 pictures (n, height, width, 3), n prompts and n
+metadata dictionaries, and returns n finite numbers; higher is better. It may have ``validate(prompts, size)``, called
+with all prompts and the pictures' (height, width) before any model loads, which raises ``ValueError`` for what it cannot
+score, and ``explain(image, prompt)``, one line for the sample grids.
 """
 
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 import sys
 import time
@@ -43,10 +45,12 @@ class Rewards:
     """The weighted sum of a configuration, scored in the background.
 
     Raises:
-        UserError: an unknown name, bad parameters, or prompts that a reward refuses.
+        UserError: an unknown name, bad parameters, or prompts or a picture size (height, width) that a reward refuses.
     """
 
-    def __init__(self, configs: list[RewardConfig], prompts: list[Prompt], key: str = "rewards") -> None:
+    def __init__(
+        self, configs: list[RewardConfig], prompts: list[Prompt], size: tuple[int, int], key: str = "rewards"
+    ) -> None:
         self.terms: dict[str, tuple[float, Any]] = {}
         for i, config in enumerate(configs):
             if config.name in self.terms:
@@ -54,7 +58,7 @@ class Rewards:
             reward = _build(config, f"{key}.{i}")
             if hasattr(reward, "validate"):
                 try:
-                    reward.validate([prompt.text for prompt in prompts])
+                    reward.validate([prompt.text for prompt in prompts], size)
                 except ValueError as error:
                     raise UserError(f"{key}.{i}.name: {error}") from None
             self.terms[config.name] = (config.weight, reward)
@@ -109,7 +113,7 @@ class Rewards:
 
 def _call(name: str, reward: Any, images: np.ndarray, prompts: list[str], metadata: list[dict]) -> np.ndarray:
     try:
-        values = np.asarray(reward(images, prompts, metadata), dtype=np.float64)
+        values = _values(reward, images, prompts, metadata)
     except Exception as error:
         culprit = _first_failing(reward, images, prompts, metadata)
         cause = f"{type(error).__name__}: {error}"
@@ -125,11 +129,15 @@ def _call(name: str, reward: Any, images: np.ndarray, prompts: list[str], metada
     return values
 
 
+def _values(reward: Any, images: np.ndarray, prompts: list[str], metadata: list[dict]) -> np.ndarray:
+    return np.asarray(reward(images, prompts, metadata), dtype=np.float64)
+
+
 def _first_failing(reward: Any, images: np.ndarray, prompts: list[str], metadata: list[dict]) -> int:
     """The index of the first picture that fails alone; 0 where the failure needs the whole batch."""
     for i in range(len(images)):
         try:
-            reward(images[i : i + 1], prompts[i : i + 1], metadata[i : i + 1])
+            _values(reward, images[i : i + 1], prompts[i : i + 1], metadata[i : i + 1])
         except Exception:
             return i
     return 0
@@ -142,6 +150,7 @@ def _build(config: RewardConfig, key: str) -> Any:
         function = _import(config.name, key)
 
         def factory(**params):
+            inspect.signature(function).bind(None, None, None, **params)  # TypeError now, not after the first rollout
             return lambda images, prompts, metadata: function(images, prompts, metadata, **params)
     else:
         raise UserError(
@@ -163,5 +172,5 @@ def _import(name: str, key: str) -> Callable[..., Any]:
     except Exception as error:  # whatever the user's module raises while it is imported
         raise UserError(f"{key}.name: cannot import {name}: {type(error).__name__}: {error}") from None
     if not callable(found):
-        raise UserError(f"{key}.name: {name} is a {type(found).__name__}, not a function")
+        raise UserError(f"{key}.name: {name} is of type {type(found).__name__}, not a function")
     return found

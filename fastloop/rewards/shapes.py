@@ -8,16 +8,24 @@ import numpy as np
 
 from fastloop.shapes.checker import check
 from fastloop.shapes.grammar import CATEGORIES, parse
+from fastloop.shapes.renderer import SIZE
 
 
 class Shapes:
     """How far a picture fulfils its prompt, in [0, 1]; with ``category`` only prompts of that category are taken."""
 
     def __init__(self, category: str | None = None) -> None:
+        if category not in (None, *CATEGORIES):
+            raise ValueError(f"unknown category {category!r}: one of {', '.join(CATEGORIES)}")
         self.category = category
 
-    def validate(self, prompts: list[str]) -> None:
-        """Raises ``ValueError`` for the first prompt outside the grammar, or of another category."""
+    def validate(self, prompts: list[str], size: tuple[int, int]) -> None:
+        """Raises ``ValueError`` for pictures of another size, and for the first prompt outside the grammar or category."""
+        if size != (SIZE, SIZE):
+            raise ValueError(
+                f"the shapes reward scores pictures of {SIZE} x {SIZE} pixels, these have {size[1]} x {size[0]}: "
+                "use model.path=assets:shapes, or another reward"
+            )
         for prompt in prompts:
             found = parse(prompt).category
             if self.category not in (None, found):
