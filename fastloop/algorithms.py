@@ -1,4 +1,4 @@
-"""An algorithm is a name for an advantage, an objective and their defaults: the one value between LOOP and its baselines."""
+"""An algorithm is a name for an advantage, an objective and defaults: the one value between LOOP and its baselines."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ def clipped(log_prob, log_prob_old, advantage, clip_range):
 
 
 def clip_only(log_prob, log_prob_old, advantage, clip_range):
-    """-clip(rho, 1 - eps, 1 + eps) A, without the min: DPOK's form (no gradient outside the window, whatever the sign)."""
+    """-clip(rho, 1 - eps, 1 + eps) A, without the min: DPOK's form (no gradient outside the window)."""
     ratio = (log_prob - log_prob_old).exp()
     return -advantage * ratio.clamp(1 - clip_range, 1 + clip_range)
 

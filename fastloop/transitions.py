@@ -110,9 +110,7 @@ def transition_table(scheduler_config: Mapping[str, Any], steps: int, eta: float
     scheduler.set_timesteps(steps)
     timesteps = scheduler.timesteps[:steps]  # some trailing spacings (61 steps of 1000) come with an extra timestep -1
     if timesteps.min() < 0 or timesteps.max() >= train_steps:
-        raise ValueError(
-            f"scheduler steps_offset={settings['steps_offset']}: too large for steps={steps}; use fewer steps"
-        )
+        raise ValueError(f"scheduler steps_offset={settings['steps_offset']}: too large for steps={steps}; use fewer steps")
     alpha = alphas_cumprod[timesteps]
     alpha_next = alphas_cumprod[(timesteps - train_steps // steps).clamp(min=0)]
     if prediction == "epsilon" and (alpha == 0).any():

@@ -1,4 +1,4 @@
-"""One adapter per model family. An adapter knows its checkpoint format, its conditioning and its export, nothing of RL."""
+"""One adapter per model family. It knows its checkpoint format, its conditioning and its export, nothing of RL."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 
 from fastloop.config import ModelConfig
 from fastloop.errors import UserError
+from fastloop.machine import xformers_problem
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 FAMILIES = {"StableDiffusionPipeline": "sd"}
@@ -22,7 +23,7 @@ def resolve_path(path: str) -> str:
     """
     if path.startswith("assets:"):
         name = path.removeprefix("assets:")
-        known = sorted(p.name for p in ASSETS.iterdir() if (p / "model_index.json").exists())
+        known = sorted(p.parent.name for p in ASSETS.glob("*/model_index.json"))
         if name not in known:
             raise UserError(f"model.path: no bundled model {name!r}: one of {', '.join(f'assets:{k}' for k in known)}")
         return str(ASSETS / name)
@@ -44,18 +45,28 @@ def read_json(path: str, config: ModelConfig, name: str, subfolder: str | None =
     """
     where = f"{subfolder}/{name}" if subfolder else name
     try:
-        if Path(path).is_dir():
-            return json.loads((Path(path) / where).read_text())
-        from huggingface_hub import hf_hub_download
+        file = Path(path) / where
+        if not Path(path).is_dir():
+            from huggingface_hub import hf_hub_download
 
-        return json.loads(Path(hf_hub_download(path, name, subfolder=subfolder, revision=config.revision)).read_text())
+            file = Path(hf_hub_download(path, name, subfolder=subfolder, revision=config.revision))
+        values = json.loads(file.read_text())
+        if not isinstance(values, dict):
+            raise ValueError("it holds no JSON object")
+        return values
     except Exception as error:  # the hub's client raises many kinds
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"model.path: cannot read {where} of {path}: {first}") from None
+        reason = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
+        raise UserError(f"model.path: cannot read {where} of {path}: {reason.splitlines()[0]}") from None
 
 
 def family(path: str, config: ModelConfig):
-    """The adapter module of a pipeline. Raises ``UserError`` where the pipeline's class is not supported."""
+    """The adapter module of a pipeline.
+
+    Raises:
+        UserError: the pipeline's class is not supported, or this machine lacks the attention backend.
+    """
+    if config.attention == "xformers" and (problem := xformers_problem()):
+        raise UserError(f"model.attention: {problem}; or set it to sdpa")
     name = read_json(path, config, "model_index.json").get("_class_name")
     if name not in FAMILIES:
         raise UserError(f"model.path: {path} is a {name}: supported are {', '.join(FAMILIES)}")
@@ -66,6 +77,12 @@ def family(path: str, config: ModelConfig):
 
 
 def load_denoiser(config: ModelConfig, device: torch.device):
-    """The adapter of ``config.path`` with its weights on a device. Raises ``UserError`` for anything that is not there."""
+    """The adapter of ``config.path``, its weights on a device. Raises ``UserError`` for anything that is not there."""
     path = resolve_path(config.path)
     return family(path, config).load(path, config, device)
+
+
+def build_skeleton(config: ModelConfig):
+    """The adapter without weights, on the meta device, for planning and checks; raises as ``load_denoiser`` does."""
+    path = resolve_path(config.path)
+    return family(path, config).skeleton(path, config)

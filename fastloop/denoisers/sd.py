@@ -6,19 +6,20 @@ Only safetensors are read. The model's own dtype is ``model.dtype``; what goes i
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
-from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers.utils import logging as transformers_logging
 
 from fastloop.config import ModelConfig, SamplingConfig
-from fastloop.errors import UserError
+from fastloop.denoisers import read_json
+from fastloop.errors import RunFailed, UserError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ADAPTER = "default"
@@ -32,10 +33,16 @@ def load(path: str, config: ModelConfig, device: torch.device) -> StableDiffusio
         UserError: a part is missing, is not in safetensors, or does not fit the library.
     """
     dtype = DTYPES[config.dtype]
+    transformers_logging.disable_progress_bar()
 
     def part(cls, name, **kwargs):
         try:
-            return cls.from_pretrained(path, subfolder=name, revision=config.revision, **kwargs)
+            loaded = cls.from_pretrained(path, subfolder=name, revision=config.revision, **kwargs)
+            if "output_loading_info" in kwargs:
+                loaded, info = loaded
+                if missing := sorted(info["missing_keys"]):  # the libraries would leave these weights random or empty
+                    raise ValueError(f"its file lacks {missing[0]}" + (f" and {len(missing) - 1} more" if missing[1:] else ""))
+            return loaded
         except Exception as error:  # diffusers and transformers raise many kinds
             first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise UserError(
@@ -43,19 +50,46 @@ def load(path: str, config: ModelConfig, device: torch.device) -> StableDiffusio
                 f"{'' if config.variant is None else f', variant {config.variant}'}): {first}"
             ) from None
 
-    weights = {"use_safetensors": True, "variant": config.variant}
+    weights = {"use_safetensors": True, "variant": config.variant, "output_loading_info": True}
     parts = {
         "tokenizer": part(CLIPTokenizer, "tokenizer"),
         "text_encoder": part(CLIPTextModel, "text_encoder", dtype=dtype, **weights),
         "vae": part(AutoencoderKL, "vae", torch_dtype=dtype, **weights),
-        "unet": part(UNet2DConditionModel, "unet", torch_dtype=dtype, **weights),
+        # a full fine-tune trains the weights of the file, not their rounding
+        "unet": part(
+            UNet2DConditionModel, "unet", torch_dtype=torch.float32 if config.adapter == "full" else dtype, **weights
+        ),
     }
+    tokenizer, text = parts["tokenizer"], parts["text_encoder"].config
+    if not 3 <= len(tokenizer) <= text.vocab_size:  # without its files transformers makes an empty one
+        raise UserError(
+            f"model.path: the tokenizer of {path} has {len(tokenizer)} words and its text encoder {text.vocab_size}: "
+            "are all files of the folder tokenizer there?"
+        )
+    tokenizer.model_max_length = min(tokenizer.model_max_length, text.max_position_embeddings)
     return StableDiffusion(path, config, device, **parts)
 
 
+def skeleton(path: str, config: ModelConfig) -> StableDiffusion:
+    """The model without weights, on the meta device, for planning. Raises ``UserError`` where a part's config is missing."""
+    configs = {name: read_json(path, config, "config.json", name) for name in ("text_encoder", "vae", "unet")}
+    with torch.device("meta"):
+        parts = {
+            "text_encoder": CLIPTextModel(CLIPTextConfig(**configs["text_encoder"])),
+            "vae": AutoencoderKL.from_config(configs["vae"]),
+            "unet": UNet2DConditionModel.from_config(configs["unet"]),
+        }
+    parts = {name: module.to(DTYPES[config.dtype]) for name, module in parts.items()}
+    return StableDiffusion(path, config, torch.device("meta"), tokenizer=None, **parts)
+
+
 def add_lora(unet: UNet2DConditionModel, config: ModelConfig) -> None:
-    """Puts fresh float32 adapters on the UNet. Raises ``UserError`` where no module has the given names."""
+    """Puts fresh float32 adapters on the UNet. Raises ``UserError`` where no module has one of the names."""
     lora = config.lora
+    modules = [f".{name}" for name, _ in unet.named_modules()]
+    for target in lora.target_modules:  # peft only wants one of them to be there
+        if not any(module.endswith(f".{target}") for module in modules):
+            raise UserError(f"model.lora.target_modules: the UNet has no module {target!r}: name modules by their ending")
     try:
         unet.add_adapter(
             LoraConfig(
@@ -146,11 +180,17 @@ class StableDiffusion:
             own[1] if width is None else width // self.scale_factor,
         )
 
+    def image_size(self, sampling: SamplingConfig) -> tuple[int, int]:
+        """(height, width) in pixels of the pictures. Raises ``UserError`` as `latent_shape`."""
+        _, height, width = self.latent_shape(sampling.height, sampling.width)
+        return height * self.scale_factor, width * self.scale_factor
+
     @torch.no_grad()
     def encode(self, prompts: list[str], sampling: SamplingConfig) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Embeddings (n, L, C) of prompts, and of the negative prompt where guidance is on; each text is encoded once."""
-        texts = [*prompts, sampling.negative_prompt]
-        for text in dict.fromkeys(texts):
+        guided = sampling.guidance_scale != 1
+        found = {}  # of this call: the cache may hold fewer
+        for text in dict.fromkeys([*prompts, sampling.negative_prompt] if guided else prompts):
             if text not in self._embeddings:
                 # One text at a time: the result must not depend on which prompts came along.
                 ids = self.tokenizer(
@@ -163,10 +203,9 @@ class StableDiffusion:
                 if len(self._embeddings) >= CACHED_PROMPTS:
                     del self._embeddings[next(iter(self._embeddings))]
                 self._embeddings[text] = self.text_encoder(ids.to(self.device))[0][0]
-        cond = torch.stack([self._embeddings[prompt] for prompt in prompts])
-        if sampling.guidance_scale == 1:
-            return cond, None
-        return cond, self._embeddings[sampling.negative_prompt].expand_as(cond)
+            found[text] = self._embeddings[text]
+        cond = torch.stack([found[prompt] for prompt in prompts])
+        return cond, found[sampling.negative_prompt].expand_as(cond) if guided else None
 
     def predict(
         self, latents: torch.Tensor, timesteps: torch.Tensor, cond: torch.Tensor, uncond: torch.Tensor | None
@@ -181,7 +220,9 @@ class StableDiffusion:
         if uncond is not None:
             x, t, text = torch.cat([x, x]), torch.cat([t, t]), torch.cat([uncond, cond])
         x = x.to(dtype).contiguous(memory_format=torch.channels_last)
-        with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
+        # the meta device of a plan has no autocast: there the whole UNet is in `dtype`
+        mixed = dtype != torch.float32 and self.device.type != "meta"
+        with torch.autocast(self.device.type, dtype) if mixed else nullcontext():
             output = self.unet(x, t, text.to(dtype), return_dict=False)[0]
         if uncond is None:
             return output, None
@@ -190,12 +231,18 @@ class StableDiffusion:
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor, batch: int) -> np.ndarray:
-        """Pictures uint8 (n, height, width, 3) of latents float32 (n, C, H, W), ``batch`` at a time."""
+        """Pictures uint8 (n, height, width, 3) of latents float32 (n, C, H, W), ``batch`` at a time.
+
+        Raises:
+            RunFailed: values are not finite.
+        """
         shift = getattr(self.vae.config, "shift_factor", None) or 0.0
         pictures = []
         for chunk in latents.split(batch):
             z = chunk / self.vae.config.scaling_factor + shift
             x = self.vae.decode(z.to(self.vae.dtype), return_dict=False)[0].float()
+            if not x.isfinite().all():  # as uint8 they would pass for pictures, and be rewarded
+                raise RunFailed(f"the decoded pictures are not finite with model.dtype={self.config.dtype}: use bf16 or fp32")
             x = (x / 2 + 0.5).clamp(0, 1) * 255
             pictures.append(x.round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy())
         return np.concatenate(pictures)
@@ -205,17 +252,20 @@ class StableDiffusion:
         if self.config.adapter == "lora":
             self.pipeline_class.save_lora_weights(
                 folder,
-                unet_lora_layers=convert_state_dict_to_diffusers(get_peft_model_state_dict(self.unet)),
+                # in peft's names: diffusers' older ones are for attention alone, mixed with others they are not loaded
+                unet_lora_layers=get_peft_model_state_dict(self.unet),
                 # without it diffusers takes alpha = rank, whatever was trained
                 unet_lora_adapter_metadata=self.unet.peft_config[ADAPTER].to_dict(),
             )
             return
+        # The other parts come from the files again, all in float32: the dtype that was trained, and one dtype for all parts.
         self.pipeline_class.from_pretrained(
             self.path,
             revision=self.config.revision,
+            variant=self.config.variant,
+            use_safetensors=True,
+            torch_dtype=torch.float32,
             tokenizer=self.tokenizer,
-            text_encoder=self.text_encoder,
-            vae=self.vae,
             unet=self.unet,
             safety_checker=None,
             feature_extractor=None,
