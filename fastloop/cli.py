@@ -10,18 +10,24 @@ import os
 import sys
 from pathlib import Path
 
-# Model ids that are not in the cache should fail at once and clearly, and bars of libraries are noise here.
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+# What the libraries log would stand beside our one line; what they raise is in it.
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "critical")
+os.environ.setdefault("DIFFUSERS_VERBOSITY", "critical")
 
-from fastloop.config import Config, load_config
+from fastloop.config import load_config
 from fastloop.errors import RunFailed, UserError
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
-    args = _parser().parse_args(argv)
     try:
+        args, rest = _parser().parse_known_args(argv)
+        # argparse leaves over what stands behind an option: CONFIG --resume KEY=VALUE
+        odd = [text for text in rest if text.startswith("-") or not hasattr(args, "overrides")]
+        if odd:
+            raise UserError(f"unknown argument {odd[0]}: see fastloop --help")
+        if rest:
+            args.overrides = [*args.overrides, *rest]
         return args.run(args)
     except UserError as error:
         return _fail(str(error), 2)
@@ -31,8 +37,15 @@ def main(argv: list[str] | None = None) -> int:
         return _fail("interrupted", 130)
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, as everything else does."""
+
+    def error(self, message: str) -> None:
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="fastloop", description="LOOP fine-tuning of text-to-image diffusion models")
+    parser = _Parser(prog="fastloop", description="LOOP fine-tuning of text-to-image diffusion models")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     train = commands.add_parser("train", help="train a model")
@@ -44,8 +57,8 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("config", metavar="CONFIG")
     plan.set_defaults(run=_plan)
 
-    sample = commands.add_parser("sample", help="draw pictures with a base model or a trained run")
-    sample.add_argument("config", metavar="CONFIG_OR_RUN", help="YAML file: the base model; run folder: its newest weights")
+    sample = commands.add_parser("sample", help="draw pictures with a base model or a run")
+    sample.add_argument("config", metavar="CONFIG_OR_RUN", help="a YAML file for the base model, or a run folder")
     sample.add_argument("--prompt", action="append", required=True, help="may be given more than once")
     sample.add_argument("--images", type=int, default=4, help="per prompt (default: 4)")
     sample.add_argument("--seed", type=int, default=0)
@@ -53,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     sample.set_defaults(run=_sample)
 
     evaluate = commands.add_parser("eval", help="held-out score per category, with standard errors")
-    evaluate.add_argument("config", metavar="CONFIG_OR_RUN", help="YAML file: the base model; run folder: its newest weights")
+    evaluate.add_argument("config", metavar="CONFIG_OR_RUN", help="a YAML file for the base model, or a run folder")
     evaluate.add_argument("--json", type=Path, help="also write the numbers to this file")
     evaluate.set_defaults(run=_eval)
 
@@ -70,15 +83,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train(args: argparse.Namespace) -> int:
-    return train(load_config(args.config, args.overrides), args.resume)
-
-
-def train(config: Config, resume: bool) -> int:
-    """Trains with a configuration and says where the results are; shared with ``fastloop/train.py``."""
     from fastloop.plan import derived_lines
+    from fastloop.tracking import read_rows
     from fastloop.trainer import Stopped, Trainer
 
-    trainer = Trainer(config, resume)
+    config = load_config(args.config, args.overrides)
+    trainer = Trainer(config, args.resume)
     for line in derived_lines(config, trainer.steps_trained):
         print(line)
     if trainer.iteration:
@@ -88,7 +98,14 @@ def train(config: Config, resume: bool) -> int:
     except Stopped as stop:
         print(f"{stop}; --resume goes on from {trainer.folder}")
         return 130 if stop.signal_name == "SIGINT" else 143
-    print(f"done: {folder}\n  report   {folder / 'report.html'}\n  weights  {folder / 'export'}")
+    first, *_, last = [row["score"] for row in read_rows(folder / "eval.jsonl")]
+    print(
+        f"done: {folder}\n"
+        f"  held-out score  {first['mean']:.3f} ± {first['stderr'] or 0:.3f} before, "
+        f"{last['mean']:.3f} ± {last['stderr'] or 0:.3f} after\n"
+        f"  report          {folder / 'report.html'}\n"
+        f"  weights         {folder / 'export'}"
+    )
     return 0
 
 
@@ -136,8 +153,8 @@ def _sample(args: argparse.Namespace) -> int:
     from fastloop.rollout import rollout, sampler_table
     from fastloop.tracking import image_grid
 
-    if args.images < 1:
-        raise UserError("--images: at least 1")
+    if args.images < 1 or args.seed < 0:
+        raise UserError("--images: at least 1" if args.images < 1 else "--seed: at least 0")
     config, load = _load(args)
     table = sampler_table(config.model, config.sampling, config.eval.steps)
     try:
@@ -168,13 +185,20 @@ def _sample(args: argparse.Namespace) -> int:
 def _eval(args: argparse.Namespace) -> int:
     import json
 
+    from fastloop.denoisers import build_skeleton
     from fastloop.evaluation import evaluate
     from fastloop.prompts import load_prompts
     from fastloop.rewards import Rewards
+    from fastloop.rollout import sampler_table
+    from fastloop.tracking import plain
 
+    if args.json and (args.json.is_dir() or not args.json.parent.is_dir()):
+        raise UserError(f"--json: cannot write {args.json}: give a file in a folder that exists")
     config, load = _load(args)
     prompts = load_prompts(config.eval.prompts, "eval.prompts")
-    rewards = Rewards(config.eval.rewards or config.rewards, prompts, "eval.rewards")
+    sampler_table(config.model, config.sampling, config.eval.steps)  # refuses what it must before the model loads
+    size = build_skeleton(config.model).image_size(config.sampling)
+    rewards = Rewards(config.eval.rewards or config.rewards, prompts, size, "eval.rewards")
     result = evaluate(load(), config, prompts, rewards)
     rewards.close()
     row = result.row()
@@ -185,7 +209,7 @@ def _eval(args: argparse.Namespace) -> int:
         print(f"{name:{width}}  {part['mean']:6.3f}  {part['stderr']:6.3f}  {part['n']}")
     if args.json:
         try:
-            args.json.write_text(json.dumps(row, indent=1))
+            args.json.write_text(json.dumps(plain(row), indent=1, allow_nan=False))
         except OSError as error:
             raise UserError(f"--json: cannot write {args.json}: {error.strerror}") from None
     return 0
@@ -211,7 +235,7 @@ def _info(args: argparse.Namespace) -> int:
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"fastloop: {message}", file=sys.stderr)
+    print(f"fastloop: {' '.join(message.split())}", file=sys.stderr)
     return code
 
 

@@ -19,7 +19,7 @@ EVAL_STREAM = 1 << 32  # training seeds have 32 bits: no evaluation shares its n
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores of P prompts with M images each: the weighted sum (P, M), each term (P, M), images (P, M, height, width, 3)."""
+    """Of P prompts with M images each: the weighted sum (P, M), each term (P, M), images (P, M, height, width, 3)."""
 
     prompts: list[Prompt]
     scores: np.ndarray
@@ -32,28 +32,40 @@ class Evaluation:
 
     @property
     def stderr(self) -> float:
-        return summarize(self.scores)["stderr"]
+        return self._summary(self.scores)["stderr"]
 
     def categories(self) -> dict[str, dict[str, float]]:
         """Mean, standard error and number of prompts of each category, in the order of the prompts."""
         labels = [prompt.metadata.get("category") for prompt in self.prompts]
         named = [label for label in dict.fromkeys(labels) if label is not None]
-        return {name: summarize(self.scores[[label == name for label in labels]]) for name in named}
+        rows = {name: [i for i, label in enumerate(labels) if label == name] for name in named}
+        return {name: self._summary(self.scores, chosen) for name, chosen in rows.items()}
 
     def row(self) -> dict:
         """What eval.jsonl records."""
         return {
-            "score": summarize(self.scores),
-            "rewards": {name: summarize(values) for name, values in self.terms.items()},
+            "score": self._summary(self.scores),
+            "rewards": {name: self._summary(values) for name, values in self.terms.items()},
             "categories": self.categories(),
         }
 
+    def _summary(self, scores: np.ndarray, rows: list[int] | slice = slice(None)) -> dict[str, float]:
+        texts = np.array([prompt.text for prompt in self.prompts])
+        return summarize(scores[rows], texts[rows])
 
-def summarize(scores: np.ndarray) -> dict[str, float]:
-    """Mean over (P, M) scores and its standard error over the P prompts, whose images are not independent."""
-    per_prompt = scores.mean(1)
-    stderr = per_prompt.std(ddof=1) / len(per_prompt) ** 0.5 if len(per_prompt) > 1 else float("nan")
-    return {"mean": float(per_prompt.mean()), "stderr": float(stderr), "n": len(per_prompt)}
+
+def summarize(scores: np.ndarray, prompts: np.ndarray) -> dict[str, float]:
+    """Mean of (P, M) scores and its standard error, of P prompts that may repeat.
+
+    The images of one prompt are not independent, so the standard error is taken over the G distinct prompts: with
+    deviations d_g = sum of (score - mean) over the images of prompt g, it is sqrt(G / (G - 1) sum d_g^2) / (P M). Where
+    every prompt has as many images, that is the standard error of the prompts' means. NaN for a single prompt.
+    """
+    distinct, group = np.unique(prompts, return_inverse=True)
+    n = len(distinct)
+    deviations = np.bincount(group, (scores - scores.mean()).sum(1))
+    stderr = (n / (n - 1) * np.square(deviations).sum()) ** 0.5 / scores.size if n > 1 else float("nan")
+    return {"mean": float(scores.mean()), "stderr": float(stderr), "n": n}
 
 
 def evaluate(
@@ -63,7 +75,7 @@ def evaluate(
     rewards: Rewards,
     on_step: Callable[[int], None] = lambda trajectories: None,
 ) -> Evaluation:
-    """Samples ``eval.images_per_prompt`` images of each prompt with noise that depends on ``eval.seed`` alone, and scores them.
+    """Samples ``eval.images_per_prompt`` images of each prompt, on noise that ``eval.seed`` alone decides, and scores.
 
     Raises:
         RunFailed: a reward failed.
@@ -94,4 +106,5 @@ def evaluate(
     scores = rewards.gather()
     shape = (len(prompts), m)
     terms = {name: values.reshape(shape) for name, values in scores.terms.items()}
-    return Evaluation(prompts, scores.total.reshape(shape), terms, sampled.images.reshape(*shape, *sampled.images.shape[1:]))
+    images = sampled.images.reshape(*shape, *sampled.images.shape[1:])
+    return Evaluation(prompts, scores.total.reshape(shape), terms, images)

@@ -26,8 +26,8 @@ def reward_metrics(rewards: torch.Tensor, scores: Scores, prompts: list[Prompt])
 def image_metrics(images: np.ndarray) -> dict[str, float]:
     """Of uint8 pictures (N, height, width, 3): signs of collapse.
 
-    ``image/saturation`` is the share of values at 0 or 255; ``image/entropy`` the Shannon entropy in bits of a picture's
-    brightness levels (0 for a flat picture, at most 8), averaged over the pictures.
+    ``image/saturation`` is the share of values at 0 or 255; ``image/entropy`` the Shannon entropy in bits of a
+    picture's brightness levels (0 for a flat picture, at most 8), averaged over the pictures.
     """
     luma = (images @ np.array([0.299, 0.587, 0.114], np.float32)).astype(np.uint8)
     entropies = []

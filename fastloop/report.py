@@ -32,7 +32,7 @@ MAX_BARS = 60  # of the time chart
 SPACE = "\u00a0"  # between a number and its unit
 LINE, FAINT, REFERENCE = "#2f5d8c", "#9db7d0", "#b3402e"
 
-Estimate = tuple[float, float, float]  # mean, standard error, number of pictures
+Estimate = tuple[float, float, float]  # mean, standard error, number of distinct prompts
 
 
 def write_report(run: Path) -> Path:
@@ -188,14 +188,14 @@ def _moment(value: Any) -> str:
 
 def _wall_time(run: _Run) -> float:
     """Seconds since the run's start at its latest row, NaN without one."""
-    ticks = [_number(row.get("time")) for row in run.metrics] + [_number(row.get("seconds")) for row in run.evals]
+    ticks = [_number(row.get("seconds")) for row in run.metrics] + [_number(row.get("seconds")) for row in run.evals]
     return max((tick for tick in ticks if math.isfinite(tick)), default=math.nan)
 
 
 def _before_after(run: _Run) -> str:
     path = run.folder / "samples" / "before_after.png"
     if not path.is_file():
-        return _missing("No samples/before_after.png: it is drawn when a run ends.")
+        return _missing("No samples/before_after.png: it is drawn at the second evaluation.")
     return _picture(path, "The same prompts and seeds before and after training")
 
 
@@ -232,9 +232,7 @@ def _held_out_figure(run: _Run) -> str:
 def _component_figures(run: _Run) -> list[str]:
     """One curve per reward, where a run mixes several."""
     rewards = run.config.get("rewards")
-    names = (
-        [str(r["name"]) for r in rewards if isinstance(r, dict) and "name" in r] if isinstance(rewards, list) else []
-    )
+    names = [str(r["name"]) for r in rewards if isinstance(r, dict) and "name" in r] if isinstance(rewards, list) else []
     if len(names) < 2:
         return []
     return [
@@ -249,9 +247,7 @@ def _policy_health(run: _Run) -> str:
     dashed = f" Dashed: the clip range, {clip_range:g}." if math.isfinite(clip_range) else ""
     return _figures(
         [
-            _metric_figure(
-                run, "policy/clipfrac", "Clip fraction", "share of samples", "Ratios outside the clip range."
-            ),
+            _metric_figure(run, "policy/clipfrac", "Clip fraction", "share of samples", "Ratios outside the clip range."),
             _metric_figure(
                 run,
                 "policy/approx_kl",
@@ -305,7 +301,7 @@ def _estimates_table(run: _Run, title: str, group: str, overall: str) -> str:
     scores = [run.score(i)[0] for i in range(len(run.evals))]
     best = run.evals[int(np.nanargmax(scores))] if np.isfinite(scores).any() else last
     shown = [first] if first is last else [first, last] if best in (first, last) else [first, best, last]
-    header = [title, "Pictures"]
+    header = [title, "Prompts"]
     for row in shown:
         marks = [name for name, other in (("first", first), ("last", last), ("best", best)) if row is other]
         header.append(f"{' and '.join(marks).capitalize()}<br><small>{_at(row)}</small>")
@@ -338,9 +334,7 @@ def _frame(path: Path) -> str:
     entries = _json(path.with_suffix(".json"))
     entries = [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
     rewards = [r for r in (_number(entry.get("reward")) for entry in entries) if math.isfinite(r)]
-    caption = f"Iteration {int(path.stem)}" + (
-        f" · mean reward {_decimal(sum(rewards) / len(rewards))}" if rewards else ""
-    )
+    caption = f"Iteration {int(path.stem)}" + (f" · mean reward {_decimal(sum(rewards) / len(rewards))}" if rewards else "")
     rows = [
         [
             escape(str(entry.get("prompt", ""))),
@@ -389,7 +383,11 @@ def _time(run: _Run) -> str:
     named = sum(seconds.values())
     if not run.metrics or not np.any(named):
         return _missing("No phase times in metrics.jsonl yet.")
-    seconds[OTHER[0]] = np.maximum(np.nan_to_num(run.column("time/total")) - named, 0)
+    seconds[OTHER[0]] = np.maximum(np.nan_to_num(run.column("time/iteration")) - named, 0)
+    # an evaluation has a row of its own and is no part of time/iteration: it counts with the iteration that it follows
+    places = np.searchsorted(run.column("iteration"), [_number(row.get("iteration")) for row in run.evals])
+    spent = np.nan_to_num([_number(row.get("time/eval")) for row in run.evals])
+    np.add.at(seconds[PHASES["time/eval"][0]], places.clip(max=len(run.metrics) - 1), spent)
     total = sum(phase.sum() for phase in seconds.values())
     rows = [
         [label, _duration(phase.sum()), _decimal(phase.sum() / len(phase)), f"{100 * phase.sum() / total:.1f}{SPACE}%"]

@@ -10,7 +10,7 @@ import torch
 
 from fastloop import kernels
 from fastloop.config import Config, ModelConfig, SamplingConfig
-from fastloop.denoisers import read_json, resolve_path
+from fastloop.denoisers import family, read_json, resolve_path
 from fastloop.errors import UserError
 from fastloop.transitions import TransitionTable, transition_table
 
@@ -85,19 +85,35 @@ def rollout(
 
 
 def sampler_table(model: ModelConfig, sampling: SamplingConfig, steps: int | None = None) -> TransitionTable:
-    """The transitions of a model's scheduler; reads its config, no weights. Raises ``UserError`` where it cannot be used."""
+    """The transitions of a model's scheduler; loads no weights. Raises ``UserError`` where they cannot be used."""
     path = resolve_path(model.path)
+    family(path, model)  # refuses what cannot be trained, whatever its scheduler
     scheduler = read_json(path, model, "scheduler_config.json", "scheduler")
     try:
         return transition_table(scheduler, steps or sampling.steps, sampling.eta)
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise UserError(f"the scheduler of model.path={model.path}: {error}") from None
 
 
 def trained_steps(table: TransitionTable, config: Config) -> torch.Tensor:
-    """Indices (int64) of the steps that updates draw from: those with noise, less the last ``last_steps.drop``."""
+    """Indices (int64) of the steps that updates draw from: those with noise, less the last ``last_steps.drop``.
+
+    Raises:
+        UserError: no step is left, or fewer (trajectory, timestep) pairs than updates.
+    """
     steps = torch.nonzero(table.trainable)[:, 0]
     steps = steps[: len(steps) - config.last_steps.drop]
     if len(steps) == 0:
-        raise UserError(f"sampling.steps: none of the {len(table)} steps can be trained: raise it or lower last_steps.drop")
+        raise UserError(f"sampling.steps: none of {len(table)} steps can be trained: raise it or lower last_steps.drop")
+    pairs = config.passes_per_rollout * config.images_per_rollout * kept_steps(steps, config.timestep_fraction)
+    if config.updates_per_rollout > pairs:
+        raise UserError(
+            f"updates_per_rollout: {config.updates_per_rollout} updates, but a rollout has only {pairs} (trajectory, "
+            "timestep) pairs: use fewer"
+        )
     return steps
+
+
+def kept_steps(steps: torch.Tensor, fraction: float) -> int:
+    """How many of the trainable steps one pass takes of each trajectory: ``timestep_fraction`` of them, at least one."""
+    return max(1, round(fraction * len(steps)))

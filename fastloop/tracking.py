@@ -14,6 +14,8 @@ import numpy as np
 import yaml
 from PIL import Image, ImageDraw, ImageFont
 
+from fastloop.errors import UserError
+
 INK = "#1c1e21"
 MUTED = "#667079"
 HAIRLINE = "#d5d9dd"
@@ -27,7 +29,7 @@ class Tracker:
 
     ``folder`` exists. ``wandb`` is a project name. ``resume_iteration`` = k drops what was logged after iteration k, so
     that a resumed run logs every iteration once; -1 starts over. Before it changes a file it raises ``FileExistsError``
-    for a folder with rows and no ``resume_iteration``, and ``RuntimeError`` for a missing tracking package.
+    for a folder with rows and no ``resume_iteration``, and ``UserError`` for a missing tracking package.
     """
 
     def __init__(
@@ -40,8 +42,7 @@ class Tracker:
         resume_iteration: int | None = None,
     ) -> None:
         metrics, evals = folder / "metrics.jsonl", folder / "eval.jsonl"
-        writer_class = _import_summary_writer() if tensorboard else None
-        wandb_module = _import_wandb() if wandb else None
+        writer_class, wandb_module = tracking_packages(tensorboard, wandb)
         if resume_iteration is None:
             for path in (metrics, evals):
                 if path.exists() and path.stat().st_size:
@@ -137,7 +138,7 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def _append(file: Any, row: dict[str, Any]) -> None:
-    file.write(json.dumps(_plain(row), allow_nan=False) + "\n")
+    file.write(json.dumps(plain(row), allow_nan=False) + "\n")
     file.flush()
 
 
@@ -148,12 +149,12 @@ def _drop_rows_after(path: Path, iteration: int) -> None:
         replace_text(path, "".join(json.dumps(row) + "\n" for row in kept))
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """A value as strict JSON has it: NumPy and 0-d tensors become numbers, NaN and infinities null."""
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if value is None or isinstance(value, str):
         return value
     if isinstance(value, Integral):
@@ -162,22 +163,24 @@ def _plain(value: Any) -> Any:
     return number if math.isfinite(number) else None
 
 
-def _import_summary_writer() -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise RuntimeError(
-            "tracking.tensorboard needs a package: pip install tensorboard, or set it to false"
-        ) from error
-    return SummaryWriter
+def tracking_packages(tensorboard: bool, wandb: str | None) -> tuple[Any, Any]:
+    """TensorBoard's writer class and the W&B module, ``None`` for what is not asked for.
 
-
-def _import_wandb() -> Any:
-    try:
-        import wandb
-    except ImportError as error:
-        raise RuntimeError("tracking.wandb needs a package: pip install fastloop[wandb], or set it to null") from error
-    return wandb
+    Raises:
+        UserError: a package that is asked for is not installed.
+    """
+    writer_class = wandb_module = None
+    if tensorboard:
+        try:
+            from torch.utils.tensorboard import SummaryWriter as writer_class
+        except ImportError:
+            raise UserError("tracking.tensorboard: pip install tensorboard, or set it to false") from None
+    if wandb:
+        try:
+            import wandb as wandb_module
+        except ImportError:
+            raise UserError("tracking.wandb: pip install fastloop[wandb], or set it to null") from None
+    return writer_class, wandb_module
 
 
 def _start_wandb(module: Any, project: str, folder: Path, config: dict[str, Any], resume_iteration: int | None) -> Any:
@@ -224,13 +227,23 @@ def before_after_grid(
     before_rewards: Sequence[float] | Sequence[Sequence[float]],
     after_rewards: Sequence[float] | Sequence[Sequence[float]],
     cell: int = 128,
+    columns: int = 1,
 ) -> Image.Image:
-    """One row per prompt: its text, the pictures before training left, those after it right, rewards below them.
+    """For each prompt its text, the pictures before training left, those after it right, rewards below them.
 
-    Each prompt has one picture and reward a side, or a list of each.
+    Each prompt has one picture and reward a side, or a list of each. The prompts stand below each other, in ``columns``.
     """
     if not prompts:
         raise ValueError("a before/after grid needs at least one prompt")
+    if columns > 1:
+        per_column = -(-len(prompts) // columns)
+        everything = (prompts, before_images, after_images, before_rewards, after_rewards)
+        starts = range(0, len(prompts), per_column)
+        parts = [before_after_grid(*(values[i : i + per_column] for values in everything), cell) for i in starts]
+        grid = Image.new("RGB", (sum(part.width for part in parts), max(part.height for part in parts)), "white")
+        for i, part in enumerate(parts):
+            grid.paste(part, (sum(before.width for before in parts[:i]), 0))
+        return grid
     sides = [_pairs(before_images, before_rewards, cell), _pairs(after_images, after_rewards, cell)]
     if any(len(side) != len(prompts) for side in sides):
         raise ValueError(f"{len(prompts)} prompts, but pictures for {len(sides[0])} before and {len(sides[1])} after")

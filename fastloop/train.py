@@ -1,13 +1,11 @@
-"""Entry of ``python fastloop/train.py --config CONFIG [key=value ...]``, as launchers want it; the same as `fastloop train`."""
+"""Entry of ``python fastloop/train.py --config CONFIG [key=value ...]``, as launchers want it: `fastloop train`."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 
-from fastloop.cli import train
-from fastloop.config import load_config
-from fastloop.errors import RunFailed, UserError
+from fastloop import cli
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -17,11 +15,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--resume", action="store_true", help="go on with the run in output_dir, or start it")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="such as sampling.steps=20")
     args = parser.parse_intermixed_args(argv)
-    try:
-        return train(load_config(args.config, args.overrides), args.resume)
-    except (UserError, RunFailed) as error:
-        print(f"fastloop: {error}", file=sys.stderr)
-        return 2 if isinstance(error, UserError) else 1
+    return cli.main(["train", args.config, *args.overrides, *(["--resume"] if args.resume else [])])
 
 
 if __name__ == "__main__":

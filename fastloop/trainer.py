@@ -11,6 +11,7 @@ import os
 import shutil
 import signal
 import time
+from collections import deque
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from fastloop.advantages import ADVANTAGES, PromptTracker, finish
 from fastloop.checkpoints import load_checkpoint, load_weights, save_checkpoint
 from fastloop.config import Config
 from fastloop.denoisers import load_denoiser
-from fastloop.engines.torch import TorchEngine, pick_device
+from fastloop.engines.torch import TorchEngine
 from fastloop.errors import RunFailed
 from fastloop.evaluation import Evaluation, evaluate
 from fastloop.kernels.reference import transition_mean
@@ -32,10 +33,10 @@ from fastloop.machine import describe_machine
 from fastloop.metrics import image_metrics, reward_metrics
 from fastloop.objectives import gaussian_kl
 from fastloop.optimizers import Ema
-from fastloop.prompts import PromptStream, load_prompts
+from fastloop.plan import check
+from fastloop.prompts import PromptStream
 from fastloop.report import write_report
-from fastloop.rewards import Rewards
-from fastloop.rollout import Trajectories, rollout, sampler_table, trained_steps
+from fastloop.rollout import Trajectories, kept_steps, rollout
 from fastloop.rundir import claim_run_dir, write_run
 from fastloop.tracking import Tracker, before_after_grid, image_grid, read_rows
 from fastloop.transitions import TransitionTable
@@ -57,20 +58,13 @@ class Trainer:
     def __init__(self, config: Config, resume: bool = False) -> None:
         """Raises ``UserError`` for anything in the configuration that does not fit the machine, the files or the model."""
         self.config = config
-        self.device = pick_device(config.engine.device)
-        self.prompts = PromptStream(load_prompts(config.prompts), config.seed)
-        self.eval_prompts = load_prompts(config.eval.prompts, "eval.prompts")
-        self.rewards = Rewards(config.rewards, self.prompts.prompts)
-        if config.eval.rewards is None:
-            self.eval_rewards = Rewards(config.rewards, self.eval_prompts, "rewards, on eval.prompts")
-        else:
-            self.eval_rewards = Rewards(config.eval.rewards, self.eval_prompts, "eval.rewards")
-        self.table = sampler_table(config.model, config.sampling)
-        self.steps_trained = trained_steps(self.table, config)
+        checked = check(config)
+        self.device, self.table, self.steps_trained = checked.device, checked.table, checked.steps_trained
+        self.rewards, self.eval_rewards = checked.rewards, checked.eval_rewards
+        self.prompts, self.eval_prompts = PromptStream(checked.prompts, config.seed), checked.eval_prompts
         self.folder, checkpoint, resumed = claim_run_dir(config, resume)
 
         self.denoiser = load_denoiser(config.model, self.device)
-        self.denoiser.latent_shape(config.sampling.height, config.sampling.width)
         self.denoiser.train_adapter(config.memory.gradient_checkpointing, seed=config.seed)
         if config.kl.weight:
             self.denoiser.keep_reference()
@@ -89,9 +83,10 @@ class Trainer:
             tensorboard=config.tracking.tensorboard,
             wandb=config.tracking.wandb,
             config=config.model_dump(mode="json"),
-            resume_iteration=self.iteration if resumed else None,
+            resume_iteration=None if not resumed else -1 if checkpoint is None else self.iteration,
         )
         self._stop_signal: int | None = None
+        self._paces, self._eval_seconds = deque(maxlen=20), 0.0  # for the time left
         columns = (self.table.a, self.table.b, self.table.sigma, step_weights(self.table, self.steps_trained, config))
         self._columns = [column.float().to(self.device) for column in columns]
         self._timesteps = self.table.timesteps.to(self.device)
@@ -110,7 +105,7 @@ class Trainer:
         write_run(self.folder, status="running", machine=describe_machine(self.device))
         with self._signals(), self._recorded():
             while True:
-                last = self.iteration == config.iterations
+                last = self.iteration >= config.iterations
                 if self.iteration % config.checkpoint.every == 0 or last:
                     self._save()
                 if self.iteration % config.eval.every == 0 or last:
@@ -144,7 +139,7 @@ class Trainer:
                 metrics |= reward_metrics(rewards, scores, repeated) | image_metrics(trajectories.images)
                 metrics |= {
                     "advantage/abs_mean": advantages.abs().mean().item(),
-                    "advantage/std": advantages.std().item(),
+                    "advantage/std": advantages.std(correction=0).item(),
                     "time/rollout": sampled - started,
                     "time/reward_wait": scored - sampled,
                     "time/reward": self.rewards.take_seconds(),
@@ -188,6 +183,8 @@ class Trainer:
         """``updates_per_rollout`` optimizer steps over shuffled (trajectory, timestep) pairs."""
         config = self.config
         rng = np.random.default_rng([config.seed, self.iteration])
+        lr = config.optimizer.lr_at(self.iteration, config.iterations)
+        self.engine.set_lr(lr)
         per_pass = config.updates_per_rollout // config.passes_per_rollout
         updates = []
         for _ in range(config.passes_per_rollout):
@@ -197,7 +194,7 @@ class Trainer:
         row = {prompt: i for i, prompt in enumerate(distinct)}
         prompt_row = torch.tensor([row[prompt] for prompt in trajectories.prompts], device=self.device)
         cond, uncond = self.denoiser.encode(distinct, config.sampling)
-        norms, stats = [], []
+        norms, stats, names = [], [], ["loss", "ratio", "change", *(["kl_reference"] if config.kl.weight else [])]
         with tqdm(total=sum(map(len, updates)), desc="  update", leave=False, disable=None) as bar:
             for number, update in enumerate(updates):
                 update_stats = []  # stays on the device until the update is done
@@ -205,28 +202,34 @@ class Trainer:
                     index = torch.from_numpy(update[start : start + config.memory.update_batch]).to(self.device)
                     i, step = index.unbind(1)
                     text = cond[prompt_row[i]], None if uncond is None else uncond[prompt_row[i]]
-                    terms, loss = self._loss(trajectories, advantages, i, step, *text)
+                    terms, loss, kl = self._loss(trajectories, advantages, i, step, *text)
                     self.engine.backward(loss.sum() / len(update))
                     change = terms.log_prob - trajectories.log_probs[step, i]
-                    update_stats.append(torch.stack([loss.detach(), terms.ratio, change]))
+                    update_stats.append(torch.stack([loss.detach(), terms.ratio, change, *kl]))
                     bar.update(len(index))
                 stats.append(torch.cat(update_stats, 1).cpu().double())
                 if number == 0:
                     self._check_first_ratio(stats[0][1])
                 norms.append(self._step(stats[-1][0]))
-        loss, ratio, change = torch.cat(stats, 1)
-        return {
-            "policy/loss": loss.mean().item(),
-            "policy/ratio_mean": ratio.mean().item(),
-            "policy/ratio_max_dev": (ratio - 1).abs().max().item(),
+        seen = dict(zip(names, torch.cat(stats, 1), strict=True))
+        # in the first update the policy is still the old one: whether the clip binds shows in the later ones
+        later = torch.cat(stats[1:] or stats, 1)[1]
+        metrics = {
+            "policy/loss": seen["loss"].mean().item(),
+            "policy/ratio_mean": seen["ratio"].mean().item(),
+            "policy/ratio_max_dev": (seen["ratio"] - 1).abs().max().item(),
             "policy/ratio_first_dev": (stats[0][1] - 1).abs().max().item(),
-            "policy/clipfrac": ((ratio - 1).abs() > config.clip_range).double().mean().item(),
-            "policy/approx_kl": 0.5 * change.square().mean().item(),
+            "policy/clipfrac": ((later - 1).abs() > config.clip_range).double().mean().item(),
+            "policy/approx_kl": 0.5 * seen["change"].square().mean().item(),
             "policy/grad_norm": float(np.mean([norm for norm in norms if norm is not None] or [0.0])),
+            "policy/lr": lr,
         }
+        if config.kl.weight:
+            metrics["policy/kl_reference"] = seen["kl_reference"].mean().item()
+        return metrics
 
     def _loss(self, trajectories, advantages, i, step, cond, uncond):
-        """Policy terms and the whole loss, float32 (B,), of the pairs (i, step)."""
+        """Of the pairs (i, step), float32 (B,): policy terms, the whole loss, and in a list the KL where there is one."""
         config = self.config
         x_t, x_prev = trajectories.latents[step, i], trajectories.latents[step + 1, i]
         a, b, sigma, weight = (column[step] for column in self._columns)
@@ -244,13 +247,14 @@ class Trainer:
             config.clip_range,
             config.objective,
         )
-        loss = terms.loss
+        loss, kl = terms.loss, []
         if config.kl.weight:
             with torch.no_grad(), self.denoiser.reference():
                 reference = self.denoiser.predict(x_t, self._timesteps[step], cond, uncond)
             means = (transition_mean(*o, x_t, a, b, config.sampling.guidance_scale) for o in (outputs, reference))
-            loss = loss + config.kl.weight * gaussian_kl(*means, sigma)
-        return terms, weight * loss
+            distance = gaussian_kl(*means, sigma)
+            loss, kl = loss + config.kl.weight * distance, [distance.detach()]
+        return terms, weight * loss, kl
 
     def _step(self, losses: torch.Tensor) -> float | None:
         """One optimizer step. Raises ``RunFailed`` where loss or gradients are not finite; the weights are then untouched."""
@@ -267,14 +271,20 @@ class Trainer:
     # --- trust ---------------------------------------------------------------------------------------------------------
 
     def _check_ratio(self, trajectories: Trajectories) -> float:
-        """Replays the first rollout batch, as it was sampled, with gradients on: every ratio must be 1."""
+        """Replays the first rollout batch as it was sampled: every ratio must be 1.
+
+        With gradients on where an update's micro-batch is as large, so that what differs with them shows.
+        """
         n = min(self.config.memory.rollout_batch, len(trajectories.prompts))
         cond, uncond = self.denoiser.encode(trajectories.prompts[:n], self.config.sampling)
         i = torch.arange(n, device=self.device)
         zeros, worst = torch.zeros(len(trajectories.prompts), device=self.device), 0.0
-        for step in sorted({int(self.steps_trained[0]), int(self.steps_trained[-1])}):
-            terms, _ = self._loss(trajectories, zeros, i, torch.full_like(i, step), cond, uncond)
-            worst = max(worst, (terms.ratio - 1).abs().nan_to_num(math.inf).max().item())
+        with nullcontext() if n <= self.config.memory.update_batch else torch.no_grad():
+            for step in sorted({int(self.steps_trained[0]), int(self.steps_trained[-1])}):
+                terms, *_ = self._loss(trajectories, zeros, i, torch.full_like(i, step), cond, uncond)
+                worst = max(worst, (terms.ratio - 1).abs().nan_to_num(math.inf).max().item())
+        if math.isinf(worst):
+            raise RunFailed(f"the model's outputs are not finite in the first replay: {self._nan_hint()}")
         if worst > self.config.safety.max_ratio_dev:
             raise RunFailed(
                 f"ratio check: replaying the first rollout batch gives |ratio - 1| = {worst:.1e}, over "
@@ -295,15 +305,19 @@ class Trainer:
 
     def _nan_hint(self) -> str:
         return (
-            "the last good checkpoint is kept. Try a lower optimizer.lr, model.dtype=fp32 or bf16, last_steps.drop=1, "
+            "the last good checkpoint is kept. Try a lower optimizer.lr, model.dtype=fp32 or bf16, last_steps.drop=2, "
             "then --resume"
         )
 
     def _alarms(self, metrics: dict[str, float]) -> dict[str, str]:
         """Signs of collapse or reward hacking, with what they mean."""
         safety, clipped = self.config.safety, self.config.objective != "score_function"
+        grouped = self.config.images_per_prompt > 1
         found = {
-            "group_std": (metrics["reward/group_std"] < safety.min_group_std, "images of one prompt get the same reward"),
+            "group_std": (
+                grouped and metrics["reward/group_std"] < safety.min_group_std,
+                "images of one prompt get the same reward",
+            ),
             "clipfrac": (clipped and metrics["policy/clipfrac"] > safety.max_clipfrac, "nearly every pair is clipped"),
             "entropy": (metrics["image/entropy"] < safety.min_image_entropy, "pictures go flat"),
             "saturation": (metrics["image/saturation"] > safety.max_image_saturation, "pictures are burnt out"),
@@ -315,13 +329,15 @@ class Trainer:
     def _log(self, metrics: dict[str, float]) -> None:
         alarms = self._alarms(metrics)
         metrics |= {f"alarm/{name}": float(name in alarms) for name in ("group_std", "clipfrac", "entropy", "saturation")}
-        self.tracker.log({"iteration": self.iteration, "images": self.images, "time": self.seconds, **metrics})
-        left = (self.config.iterations - self.iteration) * self.seconds / max(self.iteration, 1)
+        self.tracker.log({"iteration": self.iteration, "images": self.images, "seconds": self.seconds, **metrics})
+        self._paces.append(metrics["time/iteration"])
+        left = self.config.iterations - self.iteration
+        seconds_left = left * float(np.mean(self._paces)) + math.ceil(left / self.config.eval.every) * self._eval_seconds
         print(
             f"[{self.iteration:>{len(str(self.config.iterations))}}/{self.config.iterations}] "
             f"reward {metrics['reward/mean']:.3f}  clipped {metrics['policy/clipfrac']:.0%}  "
             f"kl {metrics['policy/approx_kl']:.1e}  grad {metrics['policy/grad_norm']:.2g}  "
-            f"{metrics['time/iteration']:.1f} s  {duration(left)} left",
+            f"{metrics['time/iteration']:.1f} s  {duration(seconds_left)} left",
             flush=True,
         )
         for name, text in alarms.items():
@@ -343,7 +359,8 @@ class Trainer:
         self._save_samples(result)
         self.seconds = time.perf_counter() - self._started
         row = result.row() | {"iteration": self.iteration, "images": self.images, "seconds": self.seconds}
-        self.tracker.log_eval(row | {"time/eval": time.perf_counter() - started})
+        self._eval_seconds = time.perf_counter() - started
+        self.tracker.log_eval(row | {"time/eval": self._eval_seconds})
         print(f"  held-out score {result.mean:.3f} ± {result.stderr:.3f} after {self.images} images", flush=True)
 
     def _save_samples(self, result: Evaluation) -> None:
@@ -371,6 +388,7 @@ class Trainer:
                 [[Image.open(folder / row["file"])] for row in rows],
                 [[row["reward"]] for row in before],
                 [[row["reward"]] for row in rows],
+                columns=3,
             ).save(folder / "before_after.png")
 
     def _save(self) -> None:
@@ -463,7 +481,7 @@ def shuffled_pairs(rng: np.random.Generator, n: int, steps: torch.Tensor, fracti
     Each trajectory has its own order of its timesteps. The k-th timesteps of all trajectories stand together, the trajectories
     shuffled, so that every stretch of pairs covers trajectories and groups as evenly as can be.
     """
-    kept = max(1, round(fraction * len(steps)))
+    kept = kept_steps(steps, fraction)
     orders = np.stack([rng.permutation(steps.numpy())[:kept] for _ in range(n)])
     rows = [np.stack([i, orders[i, k]], 1) for k in range(kept) for i in [rng.permutation(n)]]
     return np.concatenate(rows)

@@ -54,6 +54,11 @@ class TorchEngine:
         self.optimizer.zero_grad(set_to_none=True)
         return norm.item() if finite else None
 
+    def set_lr(self, lr: float) -> None:
+        """The learning rate of the steps to come."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+
     @property
     def scales_loss(self) -> bool:
         return self.scaler.is_enabled()
