@@ -52,12 +52,11 @@ def make_run(folder: Path, iterations: int = 60, *, every: int = 10, alarms: dic
             save_samples(folder, iteration, progress, rng)
         if iteration == 0:
             continue
-        phases = {"rollout": 14 + rng.random(), "reward_wait": 1.2, "update": 22 + rng.random(), "eval": 0.0}
-        phases["eval"] = 9.0 if iteration % every == 0 else 0.0
+        phases = {"rollout": 14 + rng.random(), "reward_wait": 1.2, "update": 22 + rng.random()}
         tracker.log(
             {
                 "iteration": iteration,
-                "time": 41.0 * iteration,
+                "seconds": 41.0 * iteration,
                 "images": 64 * iteration,
                 "reward/mean": 0.33 + 0.4 * progress + 0.03 * rng.standard_normal(),
                 "reward/std": 0.3,
@@ -74,7 +73,8 @@ def make_run(folder: Path, iterations: int = 60, *, every: int = 10, alarms: dic
                 "image/saturation": 0.4 + 0.02 * rng.random(),
                 "image/entropy": 5.1 + 0.1 * rng.random(),
                 **{f"time/{name}": seconds for name, seconds in phases.items()},
-                "time/total": sum(phases.values()) + 0.7,
+                "time/reward": 3.1,
+                "time/iteration": sum(phases.values()) + 0.7,
                 "alarm/reward_collapse": int(iteration in alarms.get("reward_collapse", ())),
                 "alarm/ratio": int(iteration in alarms.get("ratio", ())),
             }
@@ -93,7 +93,8 @@ def evaluation(iteration: int, mean: float) -> dict:
     return {
         "iteration": iteration,
         "images": 64 * iteration,
-        "seconds": 41.0 * iteration,
+        "seconds": 41.0 * iteration + 2,
+        "time/eval": 9.0,
         "score": estimate(0, 400),
         "rewards": {"shapes": estimate(0, 400), "jpeg": estimate(-30, 400)},
         "categories": {"color": estimate(0.1, 100), "number": estimate(-0.1, 100), INJECTION: estimate(0, 100)},
@@ -171,6 +172,12 @@ def test_the_category_table_gives_first_last_and_difference(page):
     assert cells == ["color", "100", "0.450 ± 0.040", "0.814 ± 0.040", "+0.364 ± 0.057"]
 
 
+def test_the_numbers_in_the_category_table_are_numbers_of_prompts(page):
+    table = section(page, "By category")
+    assert re.findall(r"<tr><th>(\w+)</th><th>(\w+)</th>", table) == [("Category", "Prompts"), ("Reward", "Prompts")]
+    assert "<td>All prompts</td><td>400</td>" in table and "<td>color</td><td>100</td>" in table
+
+
 def test_a_best_evaluation_before_the_last_one_has_its_own_column(tmp_path):
     run = make_run(tmp_path / "run", iterations=20)
     with (run / "eval.jsonl").open("a") as file:
@@ -203,13 +210,31 @@ def test_shares_of_time_add_up_to_the_total(page):
     assert sum(shares[:-1]) == pytest.approx(100, abs=0.3)
 
 
+def test_every_second_is_counted_once_and_those_of_evaluations_too(page):
+    rows = re.findall(r"<td>(?:<b>)?([A-Z][\w ]+)(?:</b>)?</td><td>([^<]+)</td><td>([\d.]+)</td>", section(page, "Time"))
+    times, per_iteration = ({row[0]: row[i] for row in rows} for i in (1, 2))
+    assert list(times) == ["Rollout", "Waiting for rewards", "Update", "Evaluation", "Other", "Total"]
+    assert times["Waiting for rewards"] == "1\u00a0min\u00a012\u00a0s"  # 60 x 1.2 s
+    assert times["Evaluation"] == "1\u00a0min\u00a03\u00a0s"  # 7 of 9 s
+    assert times["Other"] == "42.0\u00a0s"  # 60 x 0.7 s
+    parts = [float(per_iteration[name]) for name in list(times)[:-1]]
+    assert float(per_iteration["Total"]) == pytest.approx(sum(parts), abs=0.005)
+
+
+def test_the_wall_time_is_that_of_the_latest_row(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"iteration": 1, "seconds": 41}\n{"iteration": 2, "seconds": 82}\n')
+    assert "1\u00a0min\u00a022\u00a0s" in write_report(tmp_path).read_text()
+    (tmp_path / "eval.jsonl").write_text('{"iteration": 0, "seconds": 2}\n{"iteration": 2, "seconds": 84.5}\n')
+    assert "1\u00a0min\u00a024\u00a0s" in write_report(tmp_path).read_text()
+
+
 def test_values_that_are_not_finite_are_left_out_and_counted(page):
     assert "1 of 60 values are missing" in section(page, "Policy health")
     assert not re.search(r"\bnan\b", re.sub(r"data:[^\"]+", "", page), re.I)
 
 
 def test_a_run_without_a_finite_number_still_makes_a_page(tmp_path):
-    rows = [{"iteration": i, "reward/mean": None, "policy/ratio_max_dev": 0.0, "time/total": None} for i in (1, 2)]
+    rows = [{"iteration": i, "reward/mean": None, "policy/ratio_max_dev": 0.0, "time/iteration": None} for i in (1, 2)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     null = {"mean": None, "stderr": None, "n": 0}
     (tmp_path / "eval.jsonl").write_text(json.dumps({"iteration": 0, "score": null, "rewards": None}) + "\n")
@@ -273,7 +298,12 @@ def test_a_folder_that_is_no_run_is_refused_in_one_line(tmp_path, name):
 
 
 def test_writing_twice_replaces_the_page_and_leaves_no_temporary_file(tmp_path):
-    run = make_run(tmp_path / "run", iterations=2)
-    Image.new("RGB", (4, 4)).save(run / "samples" / "notes.png")  # not a grid
-    assert write_report(run) == write_report(run)
-    assert not list(run.rglob("*.tmp"))
+    (tmp_path / "samples").mkdir()
+    Image.new("RGB", (4, 4)).save(tmp_path / "samples" / "notes.png")  # not a grid
+    (tmp_path / "run.json").write_text('{"status": "running"}')
+    first = write_report(tmp_path)
+    assert 'class="status running"' in first.read_text()
+    (tmp_path / "run.json").write_text('{"status": "finished"}')
+    assert write_report(tmp_path) == first
+    assert 'class="status finished"' in first.read_text() and 'class="status running"' not in first.read_text()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "run.json", "samples"]

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastloop.tracking import Tracker, before_after_grid, image_grid, read_rows
+from fastloop.errors import UserError
+from fastloop.tracking import Tracker, before_after_grid, image_grid, read_rows, tracking_packages
 
 
 def make_tracker(folder: Path, **changes) -> Tracker:
@@ -182,23 +183,27 @@ def test_wandb_gets_every_row_and_a_resumed_run_goes_on_under_its_id(tmp_path, m
         ({"tensorboard": True}, "torch.utils.tensorboard", r"tracking\.tensorboard.*pip install tensorboard"),
     ],
 )
-def test_a_missing_package_is_named_in_one_line_before_any_file_changes(
-    tmp_path, monkeypatch, changes, module, message
-):
+def test_a_missing_package_is_named_in_one_line_before_any_file_changes(tmp_path, monkeypatch, changes, module, message):
     (tmp_path / "metrics.jsonl").write_text('{"iteration": 1}\n')
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(RuntimeError, match=message) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         make_tracker(tmp_path, resume_iteration=0, **changes)
     assert "\n" not in str(caught.value)
     assert read_rows(tmp_path / "metrics.jsonl") == [{"iteration": 1}]
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_packages_that_are_not_asked_for_need_not_be_there(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    assert tracking_packages(tensorboard=False, wandb=None) == (None, None)
+    make_tracker(tmp_path).close()
 
 
 def test_a_grid_shows_every_picture_enlarged_with_hard_pixels(tmp_path):
     colors = [(250, 0, 0), (0, 250, 0), (0, 0, 250)]
     images = [np.full((16, 16, 3), color, np.uint8) for color in colors]
-    grid = np.asarray(
-        image_grid([images[0], Image.fromarray(images[1]), images[2]], ["a", "b", "c"], columns=2, cell=64)
-    )
+    grid = np.asarray(image_grid([images[0], Image.fromarray(images[1]), images[2]], ["a", "b", "c"], columns=2, cell=64))
     for color in colors:
         assert (grid == color).all(-1).sum() == 64 * 64
     checker = np.indices((8, 8)).sum(0)[..., None] % 2 * np.full(3, 255, np.uint8)
@@ -215,9 +220,7 @@ def test_a_grid_fits_large_and_oblong_pictures_into_the_cell():
     assert (np.ptp(rows) + 1, np.ptp(columns) + 1) == (16, 64)
 
 
-@pytest.mark.parametrize(
-    "caption", ["", "word " * 200, "x" * 5000, "Grüße, Привет, 日本 → ×", "a\nb\nc\nd", "<b>&amp;"]
-)
+@pytest.mark.parametrize("caption", ["", "word " * 200, "x" * 5000, "Grüße, Привет, 日本 → ×", "a\nb\nc\nd", "<b>&amp;"])
 def test_any_caption_stays_within_its_cell(caption):
     image = np.full((64, 64, 3), 255, np.uint8)
     grid = image_grid([image], [caption], columns=1, cell=64)

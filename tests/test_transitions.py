@@ -99,16 +99,20 @@ SHIPPED = {
         "variance_type": None,
     },
 }
+AS_LINSPACE = {"timestep_spacing": "leading", "steps_offset": 1}  # what a table takes linspace for
 SHIPPED_SPACING = {
-    "sd-1.x Euler without spacing": "linspace",
-    "sdxl-turbo EulerAncestral": "trailing",
-    "DPMSolver with Karras sigmas": "linspace",
+    "sd-1.x Euler without spacing": AS_LINSPACE,
+    "sdxl-turbo EulerAncestral": {"timestep_spacing": "trailing"},
+    "DPMSolver with Karras sigmas": AS_LINSPACE,
 }
+CLASSES = [name for name in _CLASS_DEFAULTS if name]
 
 
 def diffusers_ddim(config: dict, steps: int, double: bool) -> DDIMScheduler:
     """diffusers' scheduler at `steps`; with double, its step() computes in float64 from its own noise levels."""
     keys = inspect.signature(DDIMScheduler.__init__).parameters
+    if config.get("timestep_spacing") == "linspace":
+        config = config | AS_LINSPACE
     scheduler = DDIMScheduler(**{key: value for key, value in config.items() if key in keys})
     scheduler.set_timesteps(steps)
     if double:
@@ -148,6 +152,33 @@ def test_table_equals_diffusers_ddim_step(prediction: str, spacing: str, steps: 
     assert largest_step_error(in_single, table, eta, torch.float32) < (2e-5 if prediction == "sample" else 3e-6)
 
 
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("name", CLASSES)
+def test_the_table_of_every_class_is_ddim_with_what_diffusers_takes_from_it(name: str, prediction: str) -> None:
+    if name == "LMSDiscreteScheduler":
+        pytest.importorskip("scipy")  # without it diffusers has only a stand-in for this class
+    cls = getattr(diffusers, name)
+    bare = {"_class_name": name, "clip_sample": False, "prediction_type": prediction}
+    for config in (bare, bare | {"num_train_timesteps": 500, "beta_start": 0.001, "beta_end": 0.015}):
+        live = {key: value for key, value in cls.from_config(config).config.items() if not key.startswith("_")}
+        reference = {"timestep_spacing": "linspace"} | live  # DPMSolverSinglestep has no such key and spaces so
+        table = transition_table(config, 10, 1.0)
+        scheduler = diffusers_ddim(reference | {"set_alpha_to_one": False}, 10, double=True)
+        assert torch.equal(table.timesteps, scheduler.timesteps)
+        assert largest_step_error(scheduler, table, 1.0, torch.float64) < 1e-12
+
+
+@pytest.mark.parametrize("steps", [1, 4, 10, 30, 50, 333])
+def test_linspace_is_taken_as_leading_with_offset_1_whatever_the_offset_given(steps: int) -> None:
+    for offset in (0, 1, 5):
+        linspace = transition_table(SD | {"timestep_spacing": "linspace", "steps_offset": offset}, steps, 1.0)
+        leading = transition_table(SD | AS_LINSPACE, steps, 1.0)
+        for ours, theirs in zip(vars(linspace).values(), vars(leading).values(), strict=True):
+            assert torch.equal(ours, theirs)
+        # The last step lands on the least noise there is: the latents that are decoded are clean.
+        assert linspace.timesteps[-1] == 1 and linspace.trainable.all()
+
+
 @pytest.mark.parametrize("schedule", ["linear", "scaled_linear", "squaredcos_cap_v2", "trained_betas"])
 def test_table_follows_every_beta_schedule_and_number_of_train_timesteps(schedule: str) -> None:
     config = SD | {"num_train_timesteps": 400, "prediction_type": "v_prediction"}
@@ -181,9 +212,10 @@ def test_epsilon_table_with_zero_terminal_snr_is_made_where_no_timestep_is_pure_
 def test_shipped_configs_of_every_solver_give_the_ddim_table_of_their_spacing(name: str, steps: int) -> None:
     config = SHIPPED[name]
     reference = SD | {
-        "timestep_spacing": SHIPPED_SPACING.get(name, "leading"),
+        "timestep_spacing": "leading",
         "steps_offset": config["steps_offset"],
         "prediction_type": config.get("prediction_type", "epsilon"),
+        **SHIPPED_SPACING.get(name, {}),
     }
     table = transition_table(config, steps, 1.0)
     scheduler = diffusers_ddim(reference, steps, double=True)
@@ -191,7 +223,7 @@ def test_shipped_configs_of_every_solver_give_the_ddim_table_of_their_spacing(na
     assert largest_step_error(scheduler, table, 1.0, torch.float64) < 1e-12
 
 
-@pytest.mark.parametrize("name", [name for name in _CLASS_DEFAULTS if name])
+@pytest.mark.parametrize("name", CLASSES)
 def test_absent_keys_mean_what_the_diffusers_class_takes_them_for(name: str) -> None:
     if name == "LMSDiscreteScheduler":
         pytest.importorskip("scipy")  # without it diffusers has only a stand-in for this class
@@ -260,9 +292,8 @@ def test_steps_without_noise_are_not_trainable() -> None:
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-@pytest.mark.parametrize("spacing", ["leading", "linspace"])
-def test_the_step_from_timestep_zero_moves_nothing_and_is_not_trained(spacing: str, prediction: str) -> None:
-    config = SD | {"steps_offset": 0, "timestep_spacing": spacing, "prediction_type": prediction}
+def test_the_step_from_timestep_zero_moves_nothing_and_is_not_trained(prediction: str) -> None:
+    config = SD | {"steps_offset": 0, "timestep_spacing": "leading", "prediction_type": prediction}
     table = transition_table(config, 10, 1.0)
     assert table.timesteps[-1] == 0
     torch.testing.assert_close(table.a[-1].item(), 1.0)
@@ -277,7 +308,7 @@ def test_set_alpha_to_one_does_not_change_the_table() -> None:
 
 @pytest.mark.parametrize("spacing", SPACINGS)
 def test_every_number_of_steps_gives_as_many_falling_timesteps_and_a_finite_table(spacing: str) -> None:
-    for steps in (1, 2, 3, 7, 29, 61, 103, 121, 122, 201, 333, 600, 999, 1000):
+    for steps in (1, 2, 3, 7, 29, 61, 103, 121, 122, 201, 333, 600, 999, *([1000] if spacing != "linspace" else [])):
         table = transition_table(SD | {"steps_offset": 0, "timestep_spacing": spacing}, steps, 1.0)
         assert len(table) == steps
         assert (table.timesteps.diff() < 0).all() and table.timesteps[-1] >= 0 and table.timesteps[0] < 1000
@@ -313,7 +344,7 @@ def test_the_penultimate_step_is_by_far_the_most_sensitive_to_the_model(steps: i
         ({"beta_start": 0.0}, "beta_start, beta_end: must give "),
         ({"beta_end": 1.5}, "beta_start, beta_end: must give "),
         (ZERO_SNR, "rescale_betas_zero_snr=true: .* set it to false"),
-        ({"steps_offset": 101}, "steps_offset=101: too large for steps=10"),
+        ({"steps_offset": 101}, "steps_offset=101: too large for steps=10; use fewer steps"),
     ],
 )
 def test_what_has_no_affine_gaussian_step_is_refused_in_one_line_naming_the_key(config: dict, words: str) -> None:
@@ -326,6 +357,13 @@ def test_what_has_no_affine_gaussian_step_is_refused_in_one_line_naming_the_key(
 def test_steps_beyond_what_the_model_was_trained_with_are_refused(steps: int) -> None:
     with pytest.raises(ValueError, match=f"^steps={steps}: .*num_train_timesteps=1000"):
         transition_table(SD, steps, 1.0)
+
+
+def test_as_many_steps_as_timesteps_do_not_fit_behind_an_offset() -> None:
+    for config in (SD | {"steps_offset": 1}, SD | {"steps_offset": 0, "timestep_spacing": "linspace"}):
+        assert len(transition_table(config, 999, 1.0)) == 999
+        with pytest.raises(ValueError, match="^scheduler steps_offset=1: too large for steps=1000; use fewer steps$"):
+            transition_table(config, 1000, 1.0)
 
 
 @pytest.mark.parametrize("eta", [-0.1, 1.1, math.nan])

@@ -1,0 +1,111 @@
+"""Small models that the tests make themselves: pipelines with random weights, in the formats of real checkpoints."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from fastloop.config import parse_config
+from fastloop.denoisers import ASSETS
+
+torch.set_num_threads(1)
+
+
+def make_sd(folder, prediction: str = "epsilon", scheduler=DDIMScheduler, sample_size: int = 8) -> str:
+    """A tiny random StableDiffusionPipeline of 16 px pictures saved to a folder, as diffusers saves it."""
+    torch.manual_seed(0)
+    tokenizer = CLIPTokenizer.from_pretrained(ASSETS / "shapes" / "tokenizer")  # a new one would number its words anew
+    text_encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_position_embeddings=tokenizer.model_max_length,
+            projection_dim=16,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    unet = UNet2DConditionModel(
+        sample_size=sample_size,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=2,
+        cross_attention_dim=16,
+        norm_num_groups=4,
+    )
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=2 * sample_size,
+    )
+    settings = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+    clip = {"clip_sample": False} if scheduler is DDIMScheduler else {"skip_prk_steps": True}
+    StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=scheduler(prediction_type=prediction, set_alpha_to_one=False, **settings, **clip),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_sd(tmp_path_factory) -> str:
+    """Epsilon prediction, a DDIM scheduler."""
+    return make_sd(tmp_path_factory.mktemp("sd"))
+
+
+@pytest.fixture(scope="session")
+def tiny_sd_v(tmp_path_factory) -> str:
+    """v-prediction, a PNDM scheduler, as SD 2.x ships."""
+    return make_sd(tmp_path_factory.mktemp("sd_v"), "v_prediction", PNDMScheduler)
+
+
+@pytest.fixture
+def make_config(tiny_sd, tmp_path):
+    """A function of overrides (nested dictionaries) that gives the configuration of a run of seconds."""
+
+    def make(**overrides):
+        values = {
+            "model": {"path": tiny_sd, "lora": {"rank": 2}},
+            "prompts": {"source": "animals"},
+            "rewards": [{"name": "jpeg_incompressibility"}],
+            "eval": {"every": 2, "prompts": {"source": "animals", "limit": 3}, "images_per_prompt": 2, "grid": 3},
+            "sampling": {"steps": 4, "guidance_scale": 2.0},
+            "prompts_per_step": 3,
+            "images_per_prompt": 2,
+            "memory": {"rollout_batch": 4, "update_batch": 5, "vae_batch": 4},
+            "optimizer": {"lr": 1e-2},
+            "clip_range": 1e-2,
+            "tracking": {"tensorboard": False},
+            "checkpoint": {"every": 1},
+            "iterations": 2,
+            "output_dir": str(tmp_path / "run"),
+        }
+        for key, value in overrides.items():
+            values[key] = {**values[key], **value} if isinstance(value, dict) and key in values else value
+        return parse_config(values, "test")
+
+    return make

@@ -1,0 +1,108 @@
+"""Advantages against brute force."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastloop.advantages import (
+    EPSILON,
+    PromptTracker,
+    batch_mean,
+    batch_norm,
+    finish,
+    group_norm,
+    leave_one_out,
+    none,
+)
+
+
+def rewards(p: int = 5, k: int = 4) -> torch.Tensor:
+    return torch.randn(p, k, generator=torch.Generator().manual_seed(p * 10 + k)) * 3 + 1
+
+
+@pytest.mark.parametrize("k", [2, 3, 4, 7])
+def test_leave_one_out_is_the_reward_less_the_mean_of_the_others(k):
+    r = rewards(5, k)
+    for i in range(5):
+        for j in range(k):
+            others = [r[i, m].item() for m in range(k) if m != j]
+            assert leave_one_out(r)[i, j].item() == pytest.approx(r[i, j].item() - sum(others) / len(others), abs=1e-5)
+
+
+def test_leave_one_out_sums_to_zero_in_each_group_and_ignores_what_other_prompts_got():
+    r = rewards()
+    assert torch.allclose(leave_one_out(r).sum(1), torch.zeros(5), atol=1e-5)
+    moved = r.clone()
+    moved[1:] += 100
+    assert torch.equal(leave_one_out(moved)[0], leave_one_out(r)[0])
+
+
+def test_leave_one_out_with_two_images_is_their_difference():
+    assert torch.allclose(leave_one_out(torch.tensor([[1.0, 4.0]])), torch.tensor([[-3.0, 3.0]]))
+
+
+def test_leave_one_out_keeps_the_scale_of_the_reward_and_group_norm_does_not():
+    r = rewards()
+    assert torch.allclose(leave_one_out(10 * r), 10 * leave_one_out(r), atol=1e-4)
+    assert torch.allclose(group_norm(10 * r), group_norm(r), atol=1e-3)
+
+
+def test_group_norm_divides_by_the_group_std_with_k_in_its_denominator():
+    r = rewards()
+    for i in range(5):
+        mean = r[i].mean()
+        std = ((r[i] - mean) ** 2).mean().sqrt()
+        assert torch.allclose(group_norm(r)[i], (r[i] - mean) / (std + EPSILON), atol=1e-5)
+
+
+def test_group_norm_of_equal_rewards_is_zero_and_finite():
+    assert torch.equal(group_norm(torch.full((2, 3), 7.0)), torch.zeros(2, 3))
+
+
+def test_batch_advantages_use_the_whole_rollout():
+    r = rewards()
+    flat = r.flatten().tolist()
+    mean = sum(flat) / len(flat)
+    std = (sum((x - mean) ** 2 for x in flat) / len(flat)) ** 0.5
+    assert torch.allclose(batch_mean(r), r - mean, atol=1e-5)
+    assert torch.allclose(batch_norm(r), (r - mean) / (std + EPSILON), atol=1e-5)
+    assert torch.equal(none(r), r)
+
+
+def test_a_prompt_with_few_rewards_uses_the_rollout_and_a_known_one_its_own_history():
+    tracker = PromptTracker(buffer=8, minimum=6)
+    first = rewards(2, 4)
+    assert torch.allclose(tracker(["a", "b"], first), batch_norm(first))
+    second = rewards(2, 3) + 5
+    advantages = tracker(["a", "c"], second)
+    seen = torch.cat([first[0], second[0]])  # 7 rewards of "a", within its buffer of 8
+    expected = (second[0] - seen.mean()) / (seen.std(correction=0) + EPSILON)
+    assert torch.allclose(advantages[0], expected, atol=1e-5)
+    assert torch.allclose(advantages[1], batch_norm(second)[1])
+
+
+def test_the_tracker_forgets_what_does_not_fit_its_buffer():
+    tracker = PromptTracker(buffer=4, minimum=2)
+    tracker(["a"], torch.tensor([[100.0, 200.0, 300.0, 400.0]]))
+    new = torch.tensor([[1.0, 2.0, 3.0, 4.0]])
+    expected = (new - new.mean()) / (new.std(correction=0) + EPSILON)
+    assert torch.allclose(tracker(["a"], new), expected, atol=1e-5)
+
+
+def test_a_restored_tracker_goes_on_as_if_never_stopped():
+    one, two = PromptTracker(8, 4), PromptTracker(8, 4)
+    one(["a", "b"], rewards(2, 4))
+    two.load_state_dict(one.state_dict())
+    later = rewards(2, 3)
+    assert torch.equal(one(["b", "c"], later), two(["b", "c"], later))
+    assert one.state_dict() == two.state_dict()
+
+
+def test_finish_normalises_over_the_rollout_and_then_clamps():
+    a = torch.tensor([[1.0, -1.0], [8.0, -8.0]])
+    assert torch.equal(finish(a, 5.0, False), torch.tensor([[1.0, -1.0], [5.0, -5.0]]))
+    scaled = finish(a, None, True)
+    assert scaled.std(correction=0).item() == pytest.approx(1, abs=1e-3)
+    assert finish(a, 1.0, True).abs().max() == 1
+    assert finish(a, None, False) is a

@@ -1,0 +1,57 @@
+"""The documents name every key, every metric, and only files that exist."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from fastloop.config import Config, _model_of
+from fastloop.tracking import read_rows
+from fastloop.trainer import Trainer
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "fastloop/assets/shapes/README.md"]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_and_named_files_exist(page):
+    text = page.read_text()
+    links = [link.split("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link]
+    for link in filter(None, links):
+        assert (page.parent / link).exists(), f"{page.name} links to {link}"
+    for name in re.findall(r"configs/\w+\.yaml|bench/[\w/]+\.\w+|fastloop/[\w/]+\.py", text):
+        assert (ROOT / name).exists(), f"{page.name} names {name}"
+
+
+def test_anchors_exist():
+    def anchors(path):
+        titles = re.findall(r"^#+ (.+)$", path.read_text(), re.M)
+        return {re.sub(r"[^\w\- ]", "", title).lower().replace(" ", "-") for title in titles}
+
+    for page in PAGES:
+        for file, anchor in re.findall(r"\]\(([\w./]*)#([\w-]+)\)", page.read_text()):
+            assert anchor in anchors(page.parent / file if file else page), f"{page.name}: {file}#{anchor}"
+
+
+def test_every_key_of_the_configuration_has_a_row():
+    rows = set(re.findall(r"^\| `(\w+)` \|", (ROOT / "docs/config.md").read_text(), re.M))
+    sections = set(re.findall(r"^## (?:\w+\.)?(\w+)$", (ROOT / "docs/config.md").read_text(), re.M))
+
+    def missing(model):
+        for name, field in model.model_fields.items():
+            if name not in rows | sections:
+                yield name
+            if below := _model_of(field.annotation):
+                yield from missing(below)
+
+    assert list(missing(Config)) == []
+
+
+def test_every_metric_is_defined(make_config):
+    folder = Trainer(make_config(iterations=1, kl={"weight": 0.1})).train()
+    defined = set(re.findall(r"`([\w/]+)`", (ROOT / "docs/metrics.md").read_text()))
+    names = set(read_rows(folder / "metrics.jsonl")[0]) - {"reward/jpeg_incompressibility"}  # stands there as reward/NAME
+    assert names - defined == set()
+    assert set(read_rows(folder / "eval.jsonl")[0]) - defined == set()

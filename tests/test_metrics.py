@@ -1,0 +1,102 @@
+"""Metrics of a rollout, against plain arithmetic."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from fastloop.metrics import image_metrics, reward_metrics
+from fastloop.prompts import Prompt
+from fastloop.rewards import Scores
+
+GENERATOR = np.random.default_rng(0)
+NOISE = GENERATOR.integers(1, 255, (2, 64, 64, 3), dtype=np.uint8)
+
+
+def flat(value: int) -> np.ndarray:
+    return np.full((1, 8, 8, 3), value, np.uint8)
+
+
+# --- pictures ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_flat_picture_has_no_entropy():
+    assert image_metrics(flat(100)) == {"image/saturation": 0.0, "image/entropy": 0.0}
+
+
+@pytest.mark.parametrize("value", [0, 255])
+def test_a_burnt_out_picture_is_saturated(value):
+    assert image_metrics(flat(value)) == {"image/saturation": 1.0, "image/entropy": 0.0}
+
+
+def test_saturation_counts_values_of_single_channels():
+    image = flat(7)
+    image[0, 0, :, 0] = 255  # 8 values
+    image[0, 1, :, 2] = 0  # 8 more, of 192
+    assert image_metrics(image)["image/saturation"] == pytest.approx(16 / 192)
+
+
+def test_entropy_is_in_bits():
+    image = flat(0)
+    for k, value in enumerate((10, 60, 120, 180)):  # four levels of equal share
+        image[0, 2 * k : 2 * k + 2] = value
+    assert image_metrics(image)["image/entropy"] == pytest.approx(2.0)
+    image[0, 2:4] = 10  # shares 1/2, 1/4, 1/4
+    assert image_metrics(image)["image/entropy"] == pytest.approx(1.5)
+
+
+def test_entropy_is_averaged_over_pictures_and_does_not_mix_them():
+    pair = np.concatenate([flat(10), flat(200)])
+    assert image_metrics(pair)["image/entropy"] == 0.0
+
+
+def test_noise_has_high_entropy_and_no_saturation():
+    metrics = image_metrics(NOISE)
+    assert metrics["image/saturation"] == 0.0
+    assert 7 < metrics["image/entropy"] <= 8
+
+
+# --- rewards ----------------------------------------------------------------------------------------------------------
+
+CATEGORIES = ["color", "shape", None]  # one prompt has none
+
+
+def scored(p: int, k: int):
+    total = GENERATOR.normal(size=p * k)
+    terms = {"a": GENERATOR.normal(size=p * k), "b:c": GENERATOR.normal(size=p * k)}
+    prompts = [Prompt(str(i), {} if (c := CATEGORIES[i % 3]) is None else {"category": c}) for i in range(p) for _ in range(k)]
+    return torch.tensor(total, dtype=torch.float32).view(p, k), Scores(total, terms), prompts
+
+
+@pytest.mark.parametrize("p, k", [(3, 2), (5, 4), (1, 1)])
+def test_reward_metrics_are_those_of_plain_arithmetic(p, k):
+    rewards, scores, prompts = scored(p, k)
+    metrics = reward_metrics(rewards, scores, prompts)
+    values = rewards.double().tolist()
+
+    def std(numbers):
+        mean = sum(numbers) / len(numbers)
+        return math.sqrt(sum((x - mean) ** 2 for x in numbers) / len(numbers))
+
+    everything = [x for group in values for x in group]
+    expected = {
+        "reward/mean": sum(everything) / len(everything),
+        "reward/std": std(everything),
+        "reward/group_std": sum(map(std, values)) / p,
+        "reward/a": sum(scores.terms["a"]) / (p * k),
+        "reward/b:c": sum(scores.terms["b:c"]) / (p * k),
+    }
+    for name in {c for c in CATEGORIES[:p] if c}:
+        own = [x for i, group in enumerate(values) if CATEGORIES[i % 3] == name for x in group]
+        expected[f"reward/category/{name}"] = sum(own) / len(own)
+    assert metrics == pytest.approx(expected, abs=1e-6)
+    assert all(type(value) is float for value in metrics.values())
+
+
+def test_prompts_without_categories_give_no_category_metrics():
+    rewards, scores, _ = scored(2, 2)
+    metrics = reward_metrics(rewards, scores, [Prompt("a")] * 4)
+    assert not [name for name in metrics if "category" in name]

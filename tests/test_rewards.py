@@ -1,0 +1,359 @@
+"""Rewards: what they measure, how they add up, that they run beside the caller, and that they never fail in silence."""
+
+from __future__ import annotations
+
+import io
+import sys
+import threading
+import types
+from contextlib import suppress
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastloop.config import PromptsConfig, RewardConfig
+from fastloop.errors import RunFailed, UserError
+from fastloop.prompts import Prompt, load_prompts
+from fastloop.rewards import REGISTRY, Rewards
+from fastloop.shapes.checker import check
+from fastloop.shapes.grammar import CATEGORIES, all_requests, parse
+from fastloop.shapes.renderer import place, render
+
+RNG = np.random.default_rng(0)
+CATS = [Prompt("a cat", {"n": 0}), Prompt("a dog", {"n": 1}), Prompt("a hen", {"n": 2})]
+NOISE = RNG.integers(0, 256, (3, 16, 24, 3), dtype=np.uint8)
+
+
+@pytest.fixture
+def make(monkeypatch):
+    """A function that gives Rewards of some terms; functions are put in a module `mine` and named mine:NAME."""
+    made = []
+
+    def make(*terms, prompts=CATS, size=(64, 64), key="rewards", **functions) -> Rewards:
+        module = types.ModuleType("mine")
+        vars(module).update(functions)
+        monkeypatch.setitem(sys.modules, "mine", module)
+        configs = [RewardConfig(**term) if isinstance(term, dict) else RewardConfig(name=term) for term in terms]
+        made.append(Rewards(configs, prompts, size, key))
+        return made[-1]
+
+    yield make
+    for rewards in made:
+        rewards.close()
+
+
+def refusal(make, *terms, **rest) -> str:
+    with pytest.raises(UserError) as caught:
+        make(*terms, **rest)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def failure(rewards: Rewards, images=NOISE, prompts=CATS) -> str:
+    with pytest.raises(RunFailed) as caught:
+        rewards.score(images, prompts)
+    return str(caught.value)
+
+
+# --- what they measure ------------------------------------------------------------------------------------------------
+
+
+def jpeg_kilobytes(image: np.ndarray) -> float:
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, format="JPEG", quality=95)
+    return len(buffer.getvalue()) / 1000
+
+
+def test_jpeg_rewards_are_the_file_size_in_kilobytes_and_its_negative(make):
+    images = np.concatenate([NOISE[:2], np.full((1, 16, 24, 3), 77, np.uint8)])
+    sizes = [jpeg_kilobytes(image) for image in images]
+    assert make("jpeg_incompressibility").score(images, CATS).total.tolist() == sizes
+    assert make("jpeg_compressibility").score(images, CATS).total.tolist() == [-size for size in sizes]
+    assert sizes[2] < min(sizes[:2])
+
+
+def test_the_shapes_reward_is_the_checkers_score(make):
+    requests = [all_requests(category)[11] for category in CATEGORIES]
+    prompts = [Prompt(request.prompt, {"category": request.category}) for request in requests]
+    right = np.stack([render(place(request, RNG)) for request in requests])
+    shifted = np.roll(right, 1, axis=0)
+    rewards = make("shapes", prompts=prompts)
+    assert rewards.score(right, prompts).total.tolist() == [1.0] * 5
+    expected = [check(prompt.text, image).score for prompt, image in zip(prompts, shifted, strict=True)]
+    assert rewards.score(shifted, prompts).total.tolist() == expected
+    assert min(expected) < 1
+
+
+@pytest.mark.parametrize("category", CATEGORIES)
+def test_a_category_has_its_own_reward_for_its_own_prompts(make, category):
+    prompts = [Prompt(request.prompt) for request in all_requests(category)[:2]]
+    images = np.stack([render(place(parse(prompt.text), RNG)) for prompt in prompts])
+    assert make(f"shapes_{category}", prompts=prompts).score(images, prompts).total.tolist() == [1.0, 1.0]
+    other = next(c for c in CATEGORIES if c != category)
+    assert refusal(make, f"shapes_{other}", prompts=prompts) == (
+        f"rewards.0.name: shapes_{other} cannot score the prompt {prompts[0].text!r} of the category {category}: "
+        f"set prompts.categories to [{other}], or use the reward shapes"
+    )
+
+
+def test_the_registry_holds_the_shapes_and_jpeg_rewards():
+    assert set(REGISTRY) == {
+        "jpeg_compressibility", "jpeg_incompressibility", "shapes", *(f"shapes_{c}" for c in CATEGORIES),
+    }  # fmt: skip
+
+
+def test_a_python_function_is_a_reward_with_its_params(make):
+    seen = []
+
+    def score(images, prompts, metadata, scale, offset=0.0):
+        seen.append((images, prompts, metadata))
+        return [scale * row["n"] + offset for row in metadata]
+
+    rewards = make({"name": "mine:score", "params": {"scale": 2, "offset": 0.5}}, score=score)
+    assert rewards.score(NOISE, CATS).total.tolist() == [0.5, 2.5, 4.5]
+    ((images, prompts, metadata),) = seen
+    assert images.dtype == np.uint8 and np.array_equal(images, NOISE)
+    assert prompts == ["a cat", "a dog", "a hen"] and metadata == [{"n": 0}, {"n": 1}, {"n": 2}]
+
+
+def test_a_module_in_the_working_directory_is_found(make, tmp_path, monkeypatch):
+    (tmp_path / "my_reward_in_cwd.py").write_text("def ones(images, prompts, metadata):\n    return [1] * len(images)\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    assert make("my_reward_in_cwd:ones").score(NOISE, CATS).total.tolist() == [1.0, 1.0, 1.0]
+
+
+def test_terms_add_up_with_their_weights_and_are_kept_before_them(make):
+    rewards = make(
+        {"name": "mine:a", "weight": 0.5},
+        {"name": "mine:b", "weight": -2},
+        a=lambda images, prompts, metadata: [1.0, 2.0, 3.0],
+        b=lambda images, prompts, metadata: np.array([10, 20, 30]),
+    )
+    scores = rewards.score(NOISE, CATS)
+    assert {name: values.tolist() for name, values in scores.terms.items()} == {
+        "mine:a": [1.0, 2.0, 3.0],
+        "mine:b": [10.0, 20.0, 30.0],
+    }
+    assert scores.total.tolist() == [-19.5, -39.0, -58.5]
+    assert scores.total.dtype == np.float64
+
+
+def test_rewards_that_can_explain_a_picture_do(make):
+    prompt = "a red circle and a blue square"
+    image = render(place(parse(prompt), RNG))
+    rewards = make("shapes", "shapes_color", "jpeg_compressibility", prompts=[Prompt(prompt)])
+    assert rewards.explain(image, prompt) == "; ".join(["red circle: right; blue square: right"] * 2)
+    assert make("jpeg_compressibility").explain(image, prompt) is None
+
+
+# --- beside the caller ------------------------------------------------------------------------------------------------
+
+
+def test_scoring_goes_on_while_the_caller_does_something_else(make):
+    began, go_on = threading.Event(), threading.Event()
+
+    def score(images, prompts, metadata):
+        began.set()
+        assert go_on.wait(30)
+        return np.ones(len(images))
+
+    rewards = make("mine:score", score=score)
+    rewards.submit(NOISE, CATS)
+    assert began.wait(30)  # it runs though nobody waits for it
+    go_on.set()  # if submit waited for the score, this would never be reached
+    assert rewards.gather().total.tolist() == [1.0, 1.0, 1.0]
+
+
+def test_batches_come_back_in_the_order_in_which_they_were_submitted(make):
+    rewards = make("mine:score", score=lambda images, prompts, metadata: [row["n"] for row in metadata])
+    for n in range(20):
+        rewards.submit(NOISE[:2], [Prompt("x", {"n": 2 * n}), Prompt("x", {"n": 2 * n + 1})])
+    assert rewards.gather().total.tolist() == list(range(40))
+
+
+def test_a_reward_is_never_called_twice_at_once(make):
+    meeting, met = threading.Barrier(2), []
+
+    def score(images, prompts, metadata):
+        with suppress(threading.BrokenBarrierError):
+            met.append(meeting.wait(0.3))  # passes only where a second call is under way
+        return np.ones(len(images))
+
+    rewards = make("mine:score", score=score)
+    rewards.submit(NOISE, CATS)
+    rewards.submit(NOISE, CATS)
+    rewards.gather()
+    assert not met
+
+
+def test_a_batch_is_gathered_once(make):
+    rewards = make("jpeg_compressibility")
+    rewards.submit(NOISE, CATS)
+    assert len(rewards.gather().total) == 3
+    rewards.submit(NOISE[:1], CATS[:1])
+    assert len(rewards.gather().total) == 1
+
+
+def test_the_time_spent_scoring_is_counted_until_it_is_taken(make, monkeypatch):
+    clock = iter(range(100))
+    monkeypatch.setattr("fastloop.rewards.time", types.SimpleNamespace(perf_counter=lambda: float(next(clock))))
+    rewards = make("mine:score", score=lambda images, prompts, metadata: [next(clock) * 0.0 for _ in images])
+    assert rewards.take_seconds() == 0.0
+    rewards.score(NOISE, CATS)  # the clock ticks 3 times in between: 4 seconds
+    rewards.score(NOISE[:1], CATS[:1])  # 2 seconds
+    assert rewards.take_seconds() == 6.0
+    assert rewards.take_seconds() == 0.0
+
+
+# --- failures while a run goes on -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("position", [0, 1, 2])
+def test_a_reward_that_raises_stops_the_run_with_its_prompt_and_cause(make, position):
+    def score(images, prompts, metadata):
+        if CATS[position].text in prompts:
+            raise KeyError("no such thing")
+        return np.zeros(len(images))
+
+    assert failure(make("mine:score", score=score)) == (
+        f"reward mine:score failed for the prompt {CATS[position].text!r}: KeyError: 'no such thing'"
+    )
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, None])
+@pytest.mark.parametrize("position", [0, 2])
+def test_a_value_that_is_not_finite_stops_the_run_with_its_prompt(make, value, position):
+    def score(images, prompts, metadata):
+        return [value if row["n"] == position else 1.0 for row in metadata]
+
+    shown = np.nan if value is None else value
+    assert failure(make("mine:score", score=score)) == (
+        f"reward mine:score returned {shown} for the prompt {CATS[position].text!r}"
+    )
+
+
+def test_a_value_that_is_no_number_stops_the_run_with_its_prompt(make):
+    rewards = make("mine:score", score=lambda images, prompts, metadata: ["7" if p != "a dog" else "?" for p in prompts])
+    assert failure(rewards).startswith("reward mine:score failed for the prompt 'a dog': ValueError: could not convert")
+
+
+@pytest.mark.parametrize(
+    "values, shape", [([1.0, 2.0], "(2,)"), ([[1.0]] * 3, "(3, 1)"), (1.0, "()"), ([], "(0,)"), ([1.0] * 4, "(4,)")]
+)
+def test_a_wrong_number_of_values_stops_the_run(make, values, shape):
+    assert failure(make("mine:score", score=lambda images, prompts, metadata: values)) == (
+        f"reward mine:score returned shape {shape} for 3 images (first prompt 'a cat'): return one number for each image"
+    )
+
+
+def test_a_failure_in_any_batch_is_told_and_does_not_spoil_the_next_gathering(make):
+    rewards = make("mine:score", score=lambda images, prompts, metadata: [1 / row["n"] for row in metadata])
+    for prompt in CATS[::-1]:
+        rewards.submit(NOISE[:1], [prompt])
+    with pytest.raises(RunFailed, match="failed for the prompt 'a cat': ZeroDivisionError: division by zero"):
+        rewards.gather()
+    assert rewards.score(NOISE[:2], CATS[1:]).total.tolist() == [1.0, 0.5]
+
+
+def test_a_failing_term_stops_the_run_even_with_weight_0(make):
+    rewards = make(
+        "jpeg_compressibility",
+        {"name": "mine:score", "weight": 0},
+        score=lambda images, prompts, metadata: [np.nan] * len(images),
+    )
+    assert failure(rewards) == "reward mine:score returned nan for the prompt 'a cat'"
+
+
+# --- refusals before a run --------------------------------------------------------------------------------------------
+
+
+def takes_no_more(images, prompts, metadata):
+    return np.zeros(len(images))
+
+
+@pytest.mark.parametrize(
+    "term, says",
+    [
+        ("shape", "name: unknown reward 'shape': one of jpeg_compressibility, jpeg_incompressibility, shapes,"),
+        ("shape", "or MODULE:FUNCTION of your own"),
+        ("no_such_module_here:f", "name: cannot import no_such_module_here:f: ModuleNotFoundError"),
+        ("mine:missing", "name: cannot import mine:missing: AttributeError"),
+        ("mine:", "name: cannot import mine:: AttributeError"),
+        (":score", "name: cannot import :score: ValueError"),
+        ("mine:number", "name: mine:number is of type int, not a function"),
+        (
+            {"name": "mine:score", "params": {"scale": 2}},
+            "params: mine:score: got an unexpected keyword argument 'scale'",
+        ),
+        ({"name": "mine:score", "params": {"images": 2}}, "params: mine:score: multiple values for argument 'images'"),
+        ({"name": "mine:needs_more"}, "params: mine:needs_more: missing a required argument: 'scale'"),
+        ({"name": "jpeg_incompressibility", "params": {"quality": 2}}, "params: jpeg_incompressibility: "),
+        ({"name": "shapes", "params": {"category": "size"}}, "params: shapes: unknown category 'size': one of color"),
+        ({"name": "shapes_color", "params": {"size": 1}}, "params: shapes_color: "),
+        ("shapes", "name: the shapes reward cannot read the prompt 'a cat': it knows sentences such as"),
+    ],
+)
+def test_what_cannot_work_is_refused_with_its_key(make, term, says):
+    def needs_more(images, prompts, metadata, *, scale):
+        return np.zeros(len(images))
+
+    message = refusal(
+        make, "jpeg_compressibility", term, key="eval.rewards", number=3, score=takes_no_more, needs_more=needs_more
+    )
+    assert message.startswith("eval.rewards.1.") and says in message
+
+
+def test_a_module_that_fails_while_it_is_imported_is_told(make, tmp_path, monkeypatch):
+    (tmp_path / "my_broken_reward.py").write_text("raise RuntimeError('no licence')")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert refusal(make, "my_broken_reward:f") == (
+        "rewards.0.name: cannot import my_broken_reward:f: RuntimeError: no licence"
+    )
+
+
+def test_a_reward_listed_twice_is_refused(make):
+    assert refusal(make, "jpeg_compressibility", "jpeg_compressibility") == (
+        "rewards.1.name: jpeg_compressibility is listed twice: give it once, with its whole weight"
+    )
+
+
+@pytest.mark.parametrize("size, shown", [((64, 72), "72 x 64"), ((72, 64), "64 x 72"), ((512, 512), "512 x 512")])
+@pytest.mark.parametrize("name", ["shapes", "shapes_color"])
+def test_the_shapes_reward_refuses_pictures_of_another_size_than_it_was_made_for(make, name, size, shown):
+    prompts = [Prompt(all_requests("color")[0].prompt)]
+    for key in ("rewards", "eval.rewards"):
+        assert refusal(make, "jpeg_compressibility", name, prompts=prompts, size=size, key=key) == (
+            f"{key}.1.name: the shapes reward scores pictures of 64 x 64 pixels, these have {shown}: "
+            "use model.path=assets:shapes, or another reward"
+        )
+    assert make(name, prompts=prompts, size=(64, 64)).terms
+
+
+def test_the_jpeg_rewards_take_pictures_of_any_size(make):
+    rewards = make("jpeg_compressibility", "jpeg_incompressibility", size=(16, 24))
+    assert rewards.score(NOISE, CATS).total.tolist() == [0.0, 0.0, 0.0]
+
+
+def test_a_reward_of_ones_own_may_refuse_prompts_and_sizes(make, monkeypatch):
+    seen = []
+
+    class Picky:
+        def validate(self, prompts, size):
+            seen.append((prompts, size))
+            if size[0] > size[1]:
+                raise ValueError("no upright pictures")
+
+        def __call__(self, images, prompts, metadata):
+            return np.zeros(len(images))
+
+    monkeypatch.setitem(REGISTRY, "picky", Picky)
+    assert refusal(make, "picky", size=(24, 16)) == "rewards.0.name: no upright pictures"
+    make("picky", size=(16, 24))
+    assert seen == [(["a cat", "a dog", "a hen"], (24, 16)), (["a cat", "a dog", "a hen"], (16, 24))]
+
+
+def test_the_shapes_reward_takes_every_prompt_of_the_shapes_sources(make):
+    for source in ("shapes_train", "shapes_heldout"):
+        make("shapes", prompts=load_prompts(PromptsConfig(source=source)))

@@ -1,0 +1,274 @@
+"""A run's folder belongs to one run: who may begin in it, who may go on, and what is refused without touching it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+from datetime import datetime
+from pathlib import Path
+
+import pytest
+import yaml
+
+from fastloop.checkpoints import save_checkpoint
+from fastloop.config import dump_config, load_config
+from fastloop.errors import UserError
+from fastloop.rundir import claim_run_dir, read_run_config, write_run
+
+
+@pytest.fixture
+def begin(make_config):
+    """A function of overrides that begins a run, as a trainer does, with whole checkpoints after the given iterations."""
+
+    def begin(*iterations: int, **overrides) -> Path:
+        folder, _, _ = claim_run_dir(make_config(**overrides), resume=False)
+        write_run(folder, status="running")
+        for iteration in iterations:
+            save_checkpoint(folder / "checkpoints", iteration, {}, None, {"iteration": iteration}, keep=9)
+        (folder / "metrics.jsonl").write_text("".join(f'{{"iteration": {i}}}\n' for i in iterations if i))
+        return folder
+
+    return begin
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def refusal(config, resume: bool) -> str:
+    with pytest.raises(UserError) as caught:
+        claim_run_dir(config, resume)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# --- a new run --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_fresh_folder_is_made_with_its_configuration(make_config, tmp_path, resume):
+    config = make_config(output_dir=str(tmp_path / "some" / "where" / "run"))
+    assert claim_run_dir(config, resume) == (tmp_path / "some" / "where" / "run", None, False)
+    assert contents(tmp_path / "some") == {"where/run/config.yaml": dump_config(config).encode()}
+    assert read_run_config(tmp_path / "some" / "where" / "run") == config
+
+
+def test_a_folder_with_other_files_is_taken_and_they_stay(make_config, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    claim_run_dir(make_config(), resume=False)
+    assert sorted(contents(tmp_path / "run")) == ["config.yaml", "notes.txt"]
+    assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
+
+
+def test_a_home_folder_is_expanded(make_config, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert claim_run_dir(make_config(output_dir="~/my_run"), resume=False)[0] == tmp_path / "my_run"
+    assert (tmp_path / "my_run" / "config.yaml").exists()
+
+
+def test_two_runs_in_two_folders_do_not_know_of_each_other(begin, make_config, tmp_path):
+    one = begin(0, 1, output_dir=str(tmp_path / "one"))
+    before = contents(one)
+    two = begin(0, output_dir=str(tmp_path / "two"), seed=5)
+    assert contents(one) == before
+    assert (read_run_config(one).seed, read_run_config(two).seed) == (0, 5)
+    folder, checkpoint, _ = claim_run_dir(make_config(output_dir=str(two), seed=5), resume=True)
+    assert (folder, checkpoint) == (two, two / "checkpoints" / "iteration-000000")
+    assert contents(one) == before
+
+
+def test_a_second_run_in_the_same_folder_is_refused_and_changes_nothing(begin, make_config):
+    folder = begin(0, 1)
+    before = contents(folder)
+    for config in (make_config(), make_config(seed=1)):
+        assert refusal(config, resume=False) == (
+            f"output_dir: {folder} already holds a run: add --resume, or choose another output_dir="
+        )
+    assert contents(folder) == before
+
+
+def test_a_start_that_was_refused_before_it_began_does_not_hold_the_folder(make_config):
+    claim_run_dir(make_config(), resume=False)  # no run.json: the model could not be loaded, say
+    folder, checkpoint, resumed = claim_run_dir(make_config(seed=3), resume=False)
+    assert (checkpoint, resumed) == (None, False)
+    assert read_run_config(folder).seed == 3
+
+
+def test_a_configuration_that_the_user_wrote_is_not_overwritten(make_config, tmp_path):
+    config = make_config()
+    path = tmp_path / "run" / "config.yaml"
+    path.parent.mkdir()
+    path.write_text(f"# mine\n{dump_config(config)}")
+    assert "already holds a run" in refusal(config, resume=False)
+    assert path.read_text().startswith("# mine\n")
+
+
+@pytest.mark.parametrize("below", ["", "run", "a/b"])
+def test_a_folder_that_cannot_be_made_is_refused(make_config, tmp_path, below):
+    (tmp_path / "file").write_text("a file")
+    folder = tmp_path / "file" / below
+    message = refusal(make_config(output_dir=str(folder)), resume=False)
+    assert message.startswith(f"output_dir: cannot write to {folder}: ")
+    assert message.endswith("; choose another output_dir=")
+    assert (tmp_path / "file").read_text() == "a file"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_may_not_be_written_is_refused(make_config, tmp_path):
+    (tmp_path / "run").mkdir(mode=0o555)
+    assert refusal(make_config(), resume=False).startswith(f"output_dir: cannot write to {tmp_path / 'run'}: Permission")
+    assert contents(tmp_path / "run") == {}
+
+
+# --- going on ---------------------------------------------------------------------------------------------------------
+
+
+def test_resuming_goes_on_from_the_newest_checkpoint(begin, make_config):
+    folder = begin(0, 2, 10)
+    before = contents(folder)
+    config = make_config(iterations=10)
+    assert claim_run_dir(config, resume=True) == (folder, folder / "checkpoints" / "iteration-000010", True)
+    assert contents(folder) == before | {"config.yaml": dump_config(config).encode()}
+
+
+def test_resuming_before_the_first_checkpoint_starts_over(begin, make_config):
+    folder = begin()
+    assert claim_run_dir(make_config(), resume=True) == (folder, None, True)
+
+
+def test_resuming_removes_what_a_killed_run_left_half_written(begin, make_config):
+    folder = begin(0)
+    leftover = folder / "checkpoints" / ".writing-1-99"
+    leftover.mkdir()
+    (leftover / "weights.safetensors").write_bytes(b"half")
+    claim_run_dir(make_config(), resume=True)
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["iteration-000000"]
+
+
+CHANGES = [
+    ({"optimizer": {"lr": 0.5}}, "optimizer.lr is 0.01", "0.5"),
+    ({"seed": 7}, "seed is 0", "7"),
+    ({"model": {"lora": {"rank": 3}}}, "model.lora.rank is 2", "3"),
+    ({"memory": {"rollout_batch": 5}}, "memory.rollout_batch is 4", "5"),
+    ({"eval": {"seed": 1}}, "eval.seed is 0", "1"),
+    ({"eval": {"prompts": {"source": "animals", "limit": 4}}}, "eval.prompts.limit is 3", "4"),
+    ({"prompts": {"limit": 5}}, "prompts.limit is None", "5"),
+    ({"advantage_clamp": 2.0}, "advantage_clamp is None", "2.0"),
+    ({"kernels": "reference"}, "kernels is 'auto'", "'reference'"),
+]
+
+
+@pytest.mark.parametrize("change, before, now", CHANGES, ids=lambda value: str(value))
+def test_resuming_with_a_changed_key_is_refused_with_its_name_and_both_values(begin, make_config, change, before, now):
+    folder = begin(0)
+    kept = contents(folder)
+    assert refusal(make_config(**change), resume=True) == (
+        f"--resume: {before} in {folder / 'config.yaml'} and {now} now: "
+        "set it back, or start a new run with another output_dir="
+    )
+    assert contents(folder) == kept
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"iterations": 99},
+        {"checkpoint": {"every": 7, "keep": 1}},
+        {"tracking": {"tensorboard": True, "wandb": "project"}},
+        {"safety": {"max_clipfrac": 0.1, "max_ratio_dev": 0.5}},
+        {"engine": {"device": "cpu"}},
+    ],
+    ids=str,
+)
+def test_resuming_may_change_how_long_a_run_takes_where_it_runs_and_how_it_is_watched(begin, make_config, change):
+    folder = begin(0)
+    config = make_config(**change)
+    assert claim_run_dir(config, resume=True)[1:] == (folder / "checkpoints" / "iteration-000000", True)
+    assert load_config(folder / "config.yaml") == config
+
+
+def test_a_run_may_go_on_in_a_folder_that_was_moved(begin, make_config, tmp_path):
+    begin(0, 1).rename(tmp_path / "moved")
+    config = make_config(output_dir=str(tmp_path / "moved"))
+    checkpoint = tmp_path / "moved" / "checkpoints" / "iteration-000001"
+    assert claim_run_dir(config, resume=True) == (tmp_path / "moved", checkpoint, True)
+    assert read_run_config(tmp_path / "moved").output_dir == str(tmp_path / "moved")
+
+
+def test_fewer_iterations_than_are_finished_are_refused(begin, make_config):
+    folder = begin(0, 4, iterations=8)
+    before = contents(folder)
+    assert refusal(make_config(iterations=3), resume=True) == (
+        f"iterations: 3, but the run in {folder} has finished 4: set at least 4"
+    )
+    assert contents(folder) == before
+    assert claim_run_dir(make_config(iterations=4), resume=True)[2]
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "eval.jsonl"])
+def test_damaged_records_are_refused_with_their_line(begin, make_config, name):
+    folder = begin(0, 1)
+    (folder / name).write_text('{"iteration": 1}\n{"iteration": 2, "rew\n{"iteration": 3}\n')
+    before = contents(folder)
+    message = refusal(make_config(), resume=True)
+    assert message.startswith(f"--resume: {folder / name}:2: not a JSON row (")
+    assert message.endswith("): mend or remove that line")
+    assert contents(folder) == before
+
+
+def test_a_torn_last_row_does_not_keep_a_run_from_going_on(begin, make_config):
+    folder = begin(0, 1)
+    (folder / "metrics.jsonl").write_text('{"iteration": 1}\n{"iteration": 2, "rew')
+    assert claim_run_dir(make_config(), resume=True)[2]
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_damaged_configuration_is_refused_with_its_place(begin, make_config, resume):
+    folder = begin(0)
+    (folder / "config.yaml").write_text("rewards: [\n")
+    assert refusal(make_config(), resume).startswith(f"{folder / 'config.yaml'}, line 2, column 1, is not valid YAML")
+
+
+# --- config.yaml and run.json -----------------------------------------------------------------------------------------
+
+
+def test_a_folder_without_a_configuration_holds_no_run(tmp_path):
+    with pytest.raises(UserError, match=f"^{tmp_path} holds no run: it has no config.yaml$"):
+        read_run_config(tmp_path)
+
+
+def test_run_json_keeps_the_start_and_says_how_the_run_ended(tmp_path):
+    write_run(tmp_path, status="running", machine={"cpus": 2})
+    first = json.loads((tmp_path / "run.json").read_text())
+    assert first["status"] == "running" and first["finished"] is None and first["message"] is None
+    assert first["machine"] == {"cpus": 2} and "torch" in first["versions"] and first["command"]
+    path = tmp_path / "run.json"
+    path.write_text(path.read_text().replace(first["started"], "2026-01-02T10:00:00+00:00"))
+
+    write_run(tmp_path, status="failed", message="the loss is not finite")
+    last = json.loads(path.read_text())
+    assert last["started"] == "2026-01-02T10:00:00+00:00"
+    assert (last["status"], last["message"]) == ("failed", "the loss is not finite")
+    assert datetime.fromisoformat(last["finished"]) > datetime.fromisoformat(last["started"])
+    assert {key: last[key] for key in ("machine", "versions", "command")} == {
+        key: first[key] for key in ("machine", "versions", "command")
+    }
+
+    write_run(tmp_path, status="running", machine={"cpus": 4})
+    again = json.loads(path.read_text())
+    assert (again["status"], again["message"], again["finished"]) == ("running", None, None)
+    assert again["machine"] == {"cpus": 4} and again["started"] == last["started"]
+
+
+def test_the_command_in_run_json_can_be_pasted_into_a_shell(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["/some/bin/fastloop", "train", "my recipe.yaml", "sampling.negative_prompt=a 'b'"])
+    write_run(tmp_path, status="running", machine={})
+    command = json.loads((tmp_path / "run.json").read_text())["command"]
+    assert shlex.split(command) == ["fastloop", "train", "my recipe.yaml", "sampling.negative_prompt=a 'b'"]
+
+
+def test_the_configuration_in_the_folder_is_plain_yaml(begin):
+    values = yaml.safe_load((begin() / "config.yaml").read_text())
+    assert values["optimizer"]["lr"] == 0.01 and values["model"]["lora"]["rank"] == 2

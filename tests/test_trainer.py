@@ -1,0 +1,992 @@
+"""The training loop on a small real model: gradients against brute force, every option's effect, and that a run which is
+killed, stopped or broken goes on as if nothing had happened."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+from torch.distributions import Normal, kl_divergence
+
+import fastloop
+from fastloop.advantages import leave_one_out
+from fastloop.algorithms import ALGORITHMS
+from fastloop.checkpoints import load_checkpoint
+from fastloop.cli import main
+from fastloop.config import Config, dump_config, parse_config
+from fastloop.engines.torch import TorchEngine
+from fastloop.errors import RunFailed
+from fastloop.prompts import ANIMALS
+from fastloop.tracking import read_rows
+from fastloop.trainer import MAX_SKIPPED, Stopped, Trainer, shuffled_pairs, step_weights
+
+Weights = dict[str, torch.Tensor]
+
+
+@pytest.fixture
+def no_report(monkeypatch):
+    """The figures of the report take longer than these runs; `straight` makes one."""
+    monkeypatch.setattr("fastloop.trainer.write_report", lambda folder: None)
+
+
+@pytest.fixture
+def make_trainer(make_config, no_report):
+    """A function of overrides that gives a trainer; its files are closed in the end."""
+    made = []
+
+    def make(**overrides) -> Trainer:
+        made.append(Trainer(make_config(**overrides)))
+        return made[-1]
+
+    yield make
+    for trainer in made:
+        trainer.tracker.close()
+        trainer.rewards.close()
+        trainer.eval_rewards.close()
+
+
+@pytest.fixture
+def train(make_trainer, tmp_path):
+    """A function of overrides that trains in a folder of its own and gives the trainer."""
+    number, evaluation = itertools.count(), {"every": 100, "prompts": {"source": "animals", "limit": 1}}
+
+    def train(**overrides) -> Trainer:
+        trainer = make_trainer(output_dir=str(tmp_path / f"run{next(number)}"), **{"eval": evaluation, **overrides})
+        trainer.train()
+        return trainer
+
+    return train
+
+
+def weights(trainer: Trainer) -> Weights:
+    return {name: p.detach().clone() for name, p in trainer.parameters.items()}
+
+
+def same(one: Weights, other: Weights) -> bool:
+    return one.keys() == other.keys() and all(one[name].equal(other[name]) for name in one)
+
+
+def distance(one: Weights, other: Weights) -> float:
+    return math.sqrt(sum((one[name] - other[name]).square().sum().item() for name in one))
+
+
+def metrics(trainer: Trainer) -> list[dict]:
+    return read_rows(trainer.folder / "metrics.jsonl")
+
+
+def status(folder: Path) -> str:
+    return json.loads((folder / "run.json").read_text())["status"]
+
+
+def checkpoints(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "checkpoints").iterdir())
+
+
+@dataclass
+class Step:
+    """One optimizer step."""
+
+    gradients: Weights
+    before: Weights
+    after: Weights
+
+
+def record_steps(trainer: Trainer) -> list[Step]:
+    steps, step = [], trainer.engine.step
+
+    def recorded():
+        before, gradients = weights(trainer), {name: p.grad.clone() for name, p in trainer.parameters.items()}
+        norm = step()
+        steps.append(Step(gradients, before, weights(trainer)))
+        return norm
+
+    trainer.engine.step = recorded
+    return steps
+
+
+def record_pairs(trainer: Trainer) -> list[list[tuple[int, int]]]:
+    """The (trajectory, timestep) pairs of each micro-batch whose loss is computed."""
+    batches, loss = [], trainer._loss
+
+    def recorded(trajectories, advantages, i, step, cond, uncond):
+        batches.append(list(zip(i.tolist(), step.tolist(), strict=True)))
+        return loss(trajectories, advantages, i, step, cond, uncond)
+
+    trainer._loss = recorded
+    return batches
+
+
+def begin(trainer: Trainer):
+    """Trajectories and advantages of the first iteration."""
+    config = trainer.config
+    prompts = trainer.prompts.draw(0, config.prompts_per_step)
+    repeated = [prompt for prompt in prompts for _ in range(config.images_per_prompt)]
+    trajectories = trainer._rollout(repeated, torch.arange(len(repeated)))
+    rewards = torch.tensor(trainer.rewards.gather().total, dtype=torch.float32).view(-1, config.images_per_prompt)
+    return trajectories, trainer._advantages([prompt.text for prompt in prompts], rewards).flatten()
+
+
+# --- which pairs an update covers -------------------------------------------------------------------------------------
+
+
+def test_a_pass_has_every_trajectory_with_every_trained_step_once():
+    steps = torch.tensor([0, 1, 2, 5])
+    pairs = shuffled_pairs(np.random.default_rng(0), 7, steps, 1.0)
+    assert pairs.shape == (28, 2) and pairs.dtype == np.int64
+    assert sorted(map(tuple, pairs.tolist())) == [(i, step) for i in range(7) for step in (0, 1, 2, 5)]
+
+
+@pytest.mark.parametrize("fraction, kept", [(0.5, 5), (0.25, 2), (0.01, 1), (0.96, 10)])
+def test_a_fraction_of_the_steps_is_drawn_for_each_trajectory_anew(fraction, kept):
+    pairs = shuffled_pairs(np.random.default_rng(0), 40, torch.arange(10), fraction)
+    assert len(set(map(tuple, pairs.tolist()))) == len(pairs) == 40 * kept  # none twice
+    assert (np.bincount(pairs[:, 0]) == kept).all()
+    chosen = {tuple(sorted(pairs[pairs[:, 0] == i, 1])) for i in range(40)}
+    assert len(chosen) == 1 if kept == 10 else len(chosen) > 5
+    assert set(pairs[:, 1]) == set(range(10))  # over the trajectories no step is left out
+
+
+def test_passes_differ_in_order_and_a_seed_gives_the_same_again():
+    rng = np.random.default_rng([3, 1])
+    first, second = (shuffled_pairs(rng, 6, torch.arange(4), 1.0) for _ in range(2))
+    assert (first != second).any()
+    assert (first == shuffled_pairs(np.random.default_rng([3, 1]), 6, torch.arange(4), 1.0)).all()
+    assert (first != shuffled_pairs(np.random.default_rng([3, 2]), 6, torch.arange(4), 1.0)).any()
+
+
+def test_every_update_covers_the_trajectories_as_evenly_as_can_be():
+    pairs = shuffled_pairs(np.random.default_rng(0), 6, torch.arange(10), 1.0)
+    for update in np.array_split(pairs, 2):
+        assert (np.bincount(update[:, 0]) == 5).all()
+    for update in np.array_split(pairs, 7):
+        counts = np.bincount(update[:, 0], minlength=6)
+        assert counts.max() - counts.min() <= 2
+    assert len({tuple(pairs[6 * k : 6 * k + 6, 0]) for k in range(10)}) > 5  # not in the same order each time
+
+
+@pytest.mark.parametrize(
+    "p, k, rollout_batch, update_batch",
+    [(3, 3, 4, 7), (5, 2, 3, 64), (1, 2, 1, 1)],
+)
+def test_uneven_prompts_images_and_batches_train_every_pair_exactly_once(make_trainer, p, k, rollout_batch, update_batch):
+    memory = {"rollout_batch": rollout_batch, "update_batch": update_batch, "vae_batch": 2}
+    trainer = make_trainer(prompts_per_step=p, images_per_prompt=k, memory=memory)
+    trajectories, advantages = begin(trainer)
+    assert len(set(trajectories.prompts)) == p and [*map(trajectories.prompts.count, trajectories.prompts)] == [k] * p * k
+    batches, steps = record_pairs(trainer), record_steps(trainer)
+    trainer._update(trajectories, advantages)
+    assert len(steps) == 2 and max(map(len, batches)) == min(update_batch, math.ceil(p * k * 4 / 2))
+    assert sorted(itertools.chain(*batches)) == [(i, step) for i in range(p * k) for step in range(4)]
+
+
+def test_two_passes_train_every_pair_twice_in_another_order(make_trainer):
+    trainer = make_trainer(passes_per_rollout=2, updates_per_rollout=2)
+    trajectories, advantages = begin(trainer)
+    batches, steps = record_pairs(trainer), record_steps(trainer)
+    trainer._update(trajectories, advantages)
+    pairs = list(itertools.chain(*batches))
+    assert len(steps) == 2 and len(pairs) == 48
+    assert sorted(pairs[:24]) == sorted(pairs[24:]) == [(i, step) for i in range(6) for step in range(4)]
+    assert pairs[:24] != pairs[24:]
+
+
+def test_dropped_steps_and_left_out_timesteps_are_not_trained(make_trainer):
+    trainer = make_trainer(last_steps={"drop": 2}, timestep_fraction=0.5)
+    trajectories, advantages = begin(trainer)
+    batches = record_pairs(trainer)
+    trainer._check_ratio(trajectories)
+    assert {step for _, step in itertools.chain(*batches)} == {0, 1}  # the first and the last that are trained
+    batches.clear()
+    trainer._update(trajectories, advantages)
+    pairs = list(itertools.chain(*batches))
+    assert sorted(i for i, _ in pairs) == list(range(6)) and {step for _, step in pairs} == {0, 1}
+
+
+def test_steps_without_noise_are_not_trained(make_trainer, tiny_sd, tmp_path):
+    shutil.copytree(tiny_sd, tmp_path / "model")
+    path = tmp_path / "model" / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"steps_offset": 0}))
+    trainer = make_trainer(model={"path": str(tmp_path / "model")})
+    batches = record_pairs(trainer)
+    trajectories, advantages = begin(trainer)
+    row = trainer._update(trajectories, advantages)
+    assert sorted(itertools.chain(*batches)) == [(i, step) for i in range(6) for step in range(3)]
+    assert all(map(math.isfinite, row.values())) and row["policy/grad_norm"] > 0
+
+
+def test_the_weight_of_the_last_steps_falls_on_the_last_trained_ones(make_trainer):
+    def of(**last_steps) -> list[float]:
+        trainer = make_trainer(last_steps=last_steps, sampling={"steps": 6})
+        shutil.rmtree(trainer.folder)
+        return step_weights(trainer.table, trainer.steps_trained, trainer.config).tolist()
+
+    assert of() == [1] * 6
+    assert of(weight=0.25) == [1, 1, 1, 1, 0.25, 0.25]
+    assert of(weight=0.25, count=1, drop=2)[:4] == [1, 1, 1, 0.25]
+    assert of(weight=0.5, count=9) == [0.5] * 6
+
+
+# --- gradients --------------------------------------------------------------------------------------------------------
+
+
+def brute_force(trainer: Trainer, trajectories, advantages, at: Weights, initial: Weights) -> tuple[Weights, torch.Tensor]:
+    """The gradient of the formulas in docs/method.md over all pairs, in float64 at once; and the ratios."""
+    config, table = trainer.config, trainer.table
+    unet = copy.deepcopy(trainer.denoiser.unet).double()
+    own = {name: p for name, p in unet.named_parameters() if p.requires_grad}
+    i = torch.arange(len(trajectories.prompts)).repeat_interleave(len(table))
+    step = torch.arange(len(table)).repeat(len(trajectories.prompts))
+    x, x_prev = trajectories.latents[step, i].double(), trajectories.latents[step + 1, i].double()
+    cond, uncond = trainer.denoiser.encode([trajectories.prompts[k] for k in i], config.sampling)
+    a, b, sigma = (column[step].view(-1, 1, 1, 1) for column in (table.a, table.b, table.sigma))
+
+    def policy(values: Weights) -> Normal:
+        with torch.no_grad():
+            for name, p in own.items():
+                p.copy_(values[name])
+        c, u = (unet(x, table.timesteps[step], text.double()).sample for text in (cond, uncond))
+        return Normal(a * x + b * (u + config.sampling.guidance_scale * (c - u)), sigma)
+
+    with torch.no_grad():
+        reference = policy(initial)
+    current = policy(at)
+    log_prob = current.log_prob(x_prev).flatten(1).mean(1)
+    advantage, old = advantages[i].double(), trajectories.log_probs[step, i].double()
+    ratio = (log_prob - old).exp()
+    bounded = ratio.clamp(1 - config.clip_range, 1 + config.clip_range)
+    maximised = {
+        "score_function": advantage * log_prob,
+        "clipped": torch.min(ratio * advantage, bounded * advantage),
+        "clip_only": bounded * advantage,
+    }[config.objective]
+    factor = torch.ones(len(table), dtype=torch.float64)
+    factor[-config.last_steps.count :] = config.last_steps.weight
+    penalty = config.kl.weight * kl_divergence(current, reference).flatten(1).mean(1)
+    ((penalty - maximised) * factor[step]).mean().backward()
+    return {name: p.grad for name, p in own.items()}, ratio.detach()
+
+
+@pytest.mark.parametrize(
+    "adapter, objective, checkpointing, model",
+    [
+        ("lora", "clipped", False, "tiny_sd"),
+        ("full", "clipped", False, "tiny_sd"),
+        ("lora", "clip_only", True, "tiny_sd"),
+        ("full", "clipped", True, "tiny_sd_v"),
+        ("lora", "score_function", False, "tiny_sd"),
+    ],
+)
+def test_an_updates_gradient_is_that_of_the_formula_in_float64(
+    make_trainer, request, adapter, objective, checkpointing, model
+):
+    passes = 1 if objective == "score_function" else 2  # with two passes each update holds all pairs
+    trainer = make_trainer(
+        model={"adapter": adapter, "path": request.getfixturevalue(model)},
+        objective=objective,
+        updates_per_rollout=passes,
+        passes_per_rollout=passes,
+        clip_range=1e-3 if adapter == "lora" else 5e-4,
+        kl={"weight": 0.1},  # about as large a gradient as the policy's
+        last_steps={"weight": 0.5},
+        optimizer={"lr": 2e-2 if adapter == "lora" else 1e-4},
+        memory={"gradient_checkpointing": checkpointing},
+    )
+    initial = weights(trainer)
+    trajectories, advantages = begin(trainer)
+    steps = record_steps(trainer)
+    trainer._update(trajectories, advantages)
+    expected, ratio = brute_force(trainer, trajectories, advantages, steps[-1].before, initial)
+    if passes == 2:
+        clipped = ((ratio - 1).abs() > trainer.config.clip_range).double().mean()
+        assert 0.1 < clipped < 0.9  # else the test would not see the clip
+    scale = max(gradient.abs().max().item() for gradient in expected.values())
+    assert scale > 1e-5
+    for name, gradient in steps[-1].gradients.items():
+        torch.testing.assert_close(gradient.double(), expected[name], rtol=1e-3, atol=1e-4 * scale, msg=name)
+
+
+def test_the_gradient_does_not_depend_on_the_micro_batch(make_trainer, tmp_path):
+    gradients = []
+    for batch in (1, 5, 64):
+        trainer = make_trainer(memory={"update_batch": batch}, output_dir=str(tmp_path / f"{batch}"))
+        trajectories, advantages = begin(trainer)
+        steps = record_steps(trainer)
+        trainer._update(trajectories, advantages)
+        gradients.append(steps[0].gradients)
+    scale = max(gradient.abs().max().item() for gradient in gradients[0].values())
+    assert scale > 1e-5
+    for other in gradients[1:]:
+        for name, gradient in other.items():
+            torch.testing.assert_close(gradient, gradients[0][name], rtol=1e-4, atol=1e-5 * scale)
+
+
+def test_the_engine_accumulates_clips_steps_and_clears(make_config):
+    w = torch.nn.Parameter(torch.ones(4))
+    # with eps = 1 a first step of AdamW is lr g / (g + 1)
+    config = make_config(optimizer={"lr": 0.1, "eps": 1.0, "weight_decay": 0.0, "max_grad_norm": 0.5})
+    engine = TorchEngine({"w": w}, config, torch.device("cpu"))
+    engine.backward(w.sum())
+    engine.backward(2 * w.sum())
+    assert engine.step() == pytest.approx(6.0)  # before clipping, which leaves 0.25 in each of the four
+    torch.testing.assert_close(w.detach(), torch.full((4,), 1 - 0.1 * 0.25 / 1.25))
+    assert w.grad is None
+    engine.backward((w * math.inf).sum())
+    before = w.detach().clone()
+    assert engine.step() is None and w.equal(before) and w.grad is None
+    engine.set_lr(0.0)
+    engine.backward(w.sum())
+    assert engine.step() > 0 and w.equal(before)
+
+
+# --- algorithms -------------------------------------------------------------------------------------------------------
+
+
+def test_loop_with_one_update_is_rloo_and_with_two_it_is_not(train):
+    one, rloo, two = (
+        train(algorithm=algorithm, updates_per_rollout=updates, iterations=1)
+        for algorithm, updates in (("loop", 1), ("rloo", 1), ("loop", 2))
+    )
+    start = load_file(one.folder / "checkpoints" / "iteration-000000" / "weights.safetensors")
+    assert distance(weights(one), start) > 0.1
+    assert distance(weights(one), weights(rloo)) < 1e-4 * distance(weights(one), start)
+    assert metrics(one)[0]["policy/grad_norm"] == pytest.approx(metrics(rloo)[0]["policy/grad_norm"], rel=1e-4)
+    assert metrics(one)[0]["policy/loss"] != pytest.approx(metrics(rloo)[0]["policy/loss"], rel=1e-2)
+    assert distance(weights(two), weights(one)) > 0.1 * distance(weights(one), start)
+
+
+def test_every_algorithm_runs_and_nothing_else_in_the_config_differs(train, make_config):
+    rows, resolved = {}, {}
+    for algorithm in ALGORITHMS:
+        trainer = train(algorithm=algorithm, iterations=1)
+        (rows[algorithm],) = metrics(trainer)
+        resolved[algorithm] = trainer.config.model_dump() | {"output_dir": None}
+        assert status(trainer.folder) == "finished"
+    assert set(rows) == {"loop", "rloo", "ppo", "reinforce", "grpo"}
+    brought = {"algorithm", "advantage", "objective", "updates_per_rollout", "advantage_clamp"}
+    for algorithm, row in rows.items():
+        assert all(math.isfinite(value) for value in row.values()) and row["policy/grad_norm"] > 0
+        assert row["reward/mean"] == rows["loop"]["reward/mean"]  # the same images for all
+        assert {key for key, value in resolved[algorithm].items() if value != resolved["loop"][key]} <= brought
+    assert rows["loop"]["advantage/std"] == rows["rloo"]["advantage/std"]
+    assert rows["ppo"]["advantage/std"] == pytest.approx(1.0, rel=0.05)  # batch_norm while its histories are short
+    assert rows["reinforce"]["advantage/std"] == pytest.approx(rows["loop"]["reward/std"], rel=1e-5)
+    assert len({row["advantage/abs_mean"] for row in rows.values()}) == 4  # loop and rloo share theirs
+
+
+@pytest.mark.parametrize("algorithm", ["reinforce", "ppo"])
+def test_algorithms_without_groups_run_with_one_image_per_prompt(train, algorithm):
+    trainer = train(algorithm=algorithm, images_per_prompt=1, prompts_per_step=5, iterations=2)
+    for row in metrics(trainer):
+        assert all(math.isfinite(value) for value in row.values()) and row["policy/grad_norm"] > 0
+        assert row["reward/group_std"] == 0 and row["alarm/group_std"] == 0  # one image has no spread: no alarm
+
+
+def test_normalised_advantages_have_unit_spread_whatever_the_scale_of_the_reward(train):
+    one, hundred = (
+        train(normalize_advantages=True, iterations=1, rewards=[{"name": "jpeg_incompressibility", "weight": weight}])
+        for weight in (1.0, 100.0)
+    )
+    plain = train(iterations=1)
+    spread = metrics(plain)[0]["advantage/std"]
+    assert metrics(one)[0]["advantage/std"] == pytest.approx(spread / (spread + 1e-4), rel=1e-5)
+    assert metrics(hundred)[0]["advantage/std"] == pytest.approx(1.0, abs=1e-3)
+    assert metrics(hundred)[0]["policy/grad_norm"] == pytest.approx(metrics(one)[0]["policy/grad_norm"], rel=0.1)
+
+
+def test_a_weighted_sum_of_rewards_on_prompts_from_a_file(train, tmp_path):
+    lines = ["a red circle", "two blue squares", "a cat"]
+    (tmp_path / "mine.txt").write_text("\n".join(lines) + "\n")
+    trainer = train(
+        prompts={"source": str(tmp_path / "mine.txt")},
+        rewards=[{"name": "jpeg_incompressibility"}, {"name": "jpeg_compressibility", "weight": 0.25}],
+        iterations=1,
+    )
+    (row,) = metrics(trainer)
+    more, less = row["reward/jpeg_incompressibility"], row["reward/jpeg_compressibility"]
+    assert more == pytest.approx(-less) and row["reward/mean"] == pytest.approx(0.75 * more)
+    single = train(prompts={"source": str(tmp_path / "mine.txt")}, iterations=1)
+    assert row["advantage/std"] == pytest.approx(0.75 * metrics(single)[0]["advantage/std"], rel=1e-4)
+    assert sorted(prompt.text for prompt in trainer.prompts.draw(0, 3)) == sorted(lines)
+    assert set(trainer.denoiser._embeddings) == {*lines, "", ANIMALS[0]}  # what was drawn, with the held-out one
+
+
+# --- models and precisions --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fp32_row(train) -> dict:
+    return metrics(train(iterations=1, clip_range=0.05))[0]
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_half_precision_trains_float32_weights_close_to_full_precision(train, fp32_row, dtype):
+    trainer = train(model={"dtype": dtype}, iterations=1, clip_range=0.05)
+    (row,) = metrics(trainer)
+    assert all(math.isfinite(value) for value in row.values())
+    assert {p.dtype for p in trainer.parameters.values()} == {torch.float32}
+    assert trainer.denoiser.unet.conv_in.weight.dtype == {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
+    assert row["policy/replay_max_dev"] == 0.0
+    assert row["reward/mean"] == pytest.approx(fp32_row["reward/mean"], abs=0.01)
+    assert row["policy/grad_norm"] == pytest.approx(fp32_row["policy/grad_norm"], rel=0.5)  # the loss scale is taken out
+    assert trainer.skipped == 0
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model": {"adapter": "full"}},
+        {"model": {"adapter": "full", "dtype": "bf16"}},
+        {"memory": {"gradient_checkpointing": True}},
+    ],
+    ids=["full", "full in bf16", "gradient checkpointing"],
+)
+def test_other_ways_to_train_run_with_ratio_one_and_finite_metrics(train, changes):
+    trainer = train(**changes, iterations=2, clip_range=0.1, optimizer={"lr": 1e-4})
+    rows = metrics(trainer)
+    assert all(math.isfinite(value) for row in rows for value in row.values())
+    assert rows[0]["policy/replay_max_dev"] == 0.0 and min(row["policy/grad_norm"] for row in rows) > 0
+    start = load_file(trainer.folder / "checkpoints" / "iteration-000001" / "weights.safetensors")
+    assert 0 < distance(weights(trainer), start) < 1
+
+
+def test_v_prediction_runs(train, tiny_sd_v):
+    trainer = train(model={"path": tiny_sd_v}, iterations=2)
+    rows = metrics(trainer)
+    assert all(math.isfinite(value) for row in rows for value in row.values())
+    assert rows[0]["policy/replay_max_dev"] == 0.0 and min(row["policy/grad_norm"] for row in rows) > 0
+    assert max(row["policy/ratio_first_dev"] for row in rows) < 1e-6
+
+
+# --- KL and moving average --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("adapter, lr", [("lora", 1e-2), ("full", 1e-4)])
+def test_the_kl_starts_at_zero_grows_and_its_weight_holds_the_policy_back(train, make_trainer, adapter, lr):
+    start = make_trainer(model={"adapter": adapter})
+    common = {"model": {"adapter": adapter}, "updates_per_rollout": 1, "iterations": 4, "optimizer": {"lr": lr}}
+    loose, tight = (train(**common, kl={"weight": weight}) for weight in (1e-9, 1e4))
+    grows, held = ([row["policy/kl_reference"] for row in metrics(trainer)] for trainer in (loose, tight))
+    assert grows[0] == held[0] == 0.0 and min(grows[1:] + held[1:]) > 0
+    assert grows[-1] > grows[1] and held[-1] < 0.5 * grows[-1]
+    start = weights(start)
+    assert 0 < distance(weights(tight), start) < 0.9 * distance(weights(loose), start)
+
+
+def test_the_moving_average_is_evaluated_and_exported_and_the_raw_weights_go_on_training(
+    train, make_trainer, tmp_path, monkeypatch, capsys
+):
+    evaluated = []
+    real = fastloop.trainer.evaluate
+
+    def evaluate(denoiser, *args, **kwargs):
+        evaluated.append({name: p.detach().clone() for name, p in denoiser.trainable().items()})
+        return real(denoiser, *args, **kwargs)
+
+    monkeypatch.setattr("fastloop.trainer.evaluate", evaluate)
+    trainer = make_trainer(ema={"decay": 0.8}, output_dir=str(tmp_path / "ema"))
+    steps = record_steps(trainer)
+    trainer.train()
+    average = {name: value.double() for name, value in steps[0].before.items()}
+    for step in steps:
+        average = {name: 0.8 * value + 0.2 * step.after[name].double() for name, value in average.items()}
+    assert len(steps) == 4 and distance(average, steps[-1].after) > 0.05
+    assert len(evaluated) == 2 and same(evaluated[0], steps[0].before)
+    raw, saved, _ = load_checkpoint(trainer.folder / "checkpoints" / "iteration-000002")
+    exported = load_file(trainer.folder / "export" / "pytorch_lora_weights.safetensors")
+    for name, value in average.items():
+        torch.testing.assert_close(saved[name].double(), value, rtol=1e-5, atol=1e-7)
+        assert evaluated[1][name].equal(saved[name])
+        assert exported["unet." + name.replace(".default.", ".")].equal(saved[name])
+    assert same(raw, steps[-1].after) and same(raw, weights(trainer))
+    assert same(raw, weights(train()))  # training does not know of the average
+    # the command line evaluates what the run evaluated last
+    capsys.readouterr()
+    assert main(["eval", str(trainer.folder), "--json", str(tmp_path / "eval.json")]) == 0
+    last = read_rows(trainer.folder / "eval.jsonl")[-1]
+    assert json.loads((tmp_path / "eval.json").read_text())["score"] == pytest.approx(last["score"])
+
+
+# --- trust ------------------------------------------------------------------------------------------------------------
+
+
+def add_noise_with_gradients(trainer: Trainer) -> None:
+    """As dropout would, or a kernel that differs where gradients are kept."""
+    predict = trainer.denoiser.predict
+
+    def noisy(*args):
+        cond, uncond = predict(*args)
+        return (cond + 1e-2 * torch.randn_like(cond), uncond) if torch.is_grad_enabled() else (cond, uncond)
+
+    trainer.denoiser.predict = noisy
+
+
+@pytest.mark.parametrize(
+    "memory, says",
+    [
+        ({"rollout_batch": 4, "update_batch": 5}, "replaying the first rollout batch gives |ratio - 1| = "),
+        # the batch is too large to replay with gradients: the first update finds it
+        ({"rollout_batch": 6, "update_batch": 5}, "before any update |ratio - 1| reaches "),
+    ],
+    ids=["replay", "first update"],
+)
+def test_updates_that_differ_from_rollouts_stop_the_run_before_any_weight_changes(make_trainer, memory, says):
+    trainer = make_trainer(memory=memory, clip_range=1e-4)
+    initial = weights(trainer)
+    add_noise_with_gradients(trainer)
+    with pytest.raises(RunFailed, match="^ratio check: ") as caught:
+        trainer.train()
+    assert says in str(caught.value) and "Likely causes: model.dtype" in str(caught.value)
+    assert same(weights(trainer), initial) and metrics(trainer) == []
+    assert status(trainer.folder) == "failed" and checkpoints(trainer.folder) == ["iteration-000000"]
+    assert same(load_checkpoint(trainer.folder / "checkpoints" / "iteration-000000")[0], initial)
+
+
+def test_the_score_function_has_no_ratio_to_clip_and_only_the_replay_checks_it(make_trainer):
+    trainer = make_trainer(algorithm="rloo", memory={"rollout_batch": 6}, clip_range=1e-4, iterations=1)
+    add_noise_with_gradients(trainer)
+    trainer.train()
+    assert metrics(trainer)[0]["policy/ratio_first_dev"] > 1e-4
+
+
+def nan_outputs(trainer: Trainer) -> None:
+    predict = trainer.denoiser.predict
+
+    def broken(*args):
+        cond, uncond = predict(*args)
+        return (cond * math.nan if trainer.iteration == 1 and torch.is_grad_enabled() else cond), uncond
+
+    trainer.denoiser.predict = broken
+
+
+def infinite_gradients(trainer: Trainer) -> None:
+    parameter = next(iter(trainer.parameters.values()))
+    parameter.register_hook(lambda gradient: gradient + (math.inf if trainer.iteration == 1 else 0))
+
+
+@pytest.mark.parametrize(
+    "breaks, says",
+    [
+        (nan_outputs, "the loss is not finite in iteration 2: the last good checkpoint is kept"),
+        (infinite_gradients, "the gradients are not finite in iteration 2: the last good checkpoint is kept"),
+    ],
+)
+def test_what_is_not_finite_stops_the_run_and_leaves_the_weights_untouched(make_trainer, make_config, breaks, says):
+    trainer = make_trainer(iterations=3)
+    breaks(trainer)
+    with pytest.raises(RunFailed, match=says):
+        trainer.train()
+    good, _, state = load_checkpoint(trainer.folder / "checkpoints" / "iteration-000001")
+    assert same(weights(trainer), good) and state["iteration"] == 1
+    assert [row["iteration"] for row in metrics(trainer)] == [1] and status(trainer.folder) == "failed"
+    resumed = Trainer(make_config(iterations=3), resume=True)
+    resumed.train()
+    assert [row["iteration"] for row in metrics(resumed)] == [1, 2, 3] and status(trainer.folder) == "finished"
+
+
+def test_loss_scaling_skips_steps_that_are_not_finite_and_gives_up_in_the_end(make_trainer):
+    trainer = make_trainer(model={"dtype": "fp16"}, updates_per_rollout=3, iterations=9, clip_range=0.05)
+    initial = weights(trainer)
+    next(iter(trainer.parameters.values())).register_hook(lambda gradient: gradient + math.inf)
+    with pytest.raises(RunFailed, match="the gradients are not finite in iteration 3"):
+        trainer.train()
+    assert MAX_SKIPPED == 8 and same(weights(trainer), initial)
+    _, _, state = load_checkpoint(trainer.folder / "checkpoints" / "iteration-000002")
+    assert state["skipped"] == 6 and state["engine"]["scaler"]["scale"] == 2.0**16 / 2**6
+
+
+REWARD = """
+from fastloop.rewards.jpeg import Incompressibility
+
+mode, calls = "healthy", 0
+kilobytes = Incompressibility()
+
+def reward(images, prompts, metadata):
+    global calls
+    calls += 1
+    values = kilobytes(images, prompts, metadata)
+    if calls >= 3 and mode == "raises":
+        raise OSError("the server is away")
+    if calls == 3 and mode == "nan":
+        values[1] = float("nan")
+    return values
+
+def constant(images, prompts, metadata):
+    return [0.5] * len(images)
+"""
+
+
+@pytest.fixture
+def reward_module(tmp_path, monkeypatch):
+    """A module of the user's own; its `mode` says what happens at its third call, in the second iteration."""
+    (tmp_path / "moody_rewards.py").write_text(REWARD)
+    monkeypatch.syspath_prepend(tmp_path)
+    import moody_rewards
+
+    yield moody_rewards
+    del sys.modules["moody_rewards"]
+
+
+@pytest.mark.parametrize(
+    "mode, cause",
+    [("raises", "failed for the prompt {!r}: OSError: the server is away"), ("nan", "returned nan for the prompt {!r}")],
+)
+def test_a_failing_reward_ends_the_run_and_once_healthy_it_goes_on_as_if_nothing_had_been(
+    straight, reward_module, tmp_path, no_report, capsys, mode, cause
+):
+    reward_module.mode = mode
+    own = {"name": "moody_rewards:reward"}
+    config = recipe(straight.config.model.path, tmp_path / "run", rewards=[own])
+    config = config.model_copy(update={"eval": config.eval.model_copy(update={"rewards": straight.config.rewards})})
+    (tmp_path / "recipe.yaml").write_text(dump_config(config))
+    assert main(["train", str(tmp_path / "recipe.yaml")]) == 1
+    prompts = Trainer(recipe(straight.config.model.path, tmp_path / "other")).prompts.draw(3, 3)
+    failing = prompts[0].text  # the first two images of the second iteration are of its first prompt
+    expected = f"fastloop: reward moody_rewards:reward {cause.format(failing)}\n"
+    assert capsys.readouterr().err.endswith(expected)
+    assert status(tmp_path / "run") == "failed" and checkpoints(tmp_path / "run")[-1] == "iteration-000001"
+    assert [row["iteration"] for row in read_rows(tmp_path / "run" / "metrics.jsonl")] == [1]
+    reward_module.mode = "healthy"
+    assert main(["train", str(tmp_path / "recipe.yaml"), "--resume"]) == 0
+    assert same(final(tmp_path / "run")[0], final(straight.folder)[0])
+
+
+def test_a_constant_reward_raises_the_alarm_and_trains_nothing(train, reward_module, capsys):
+    trainer = train(
+        rewards=[{"name": "moody_rewards:constant"}],
+        optimizer={"weight_decay": 0.0},
+        safety={"min_image_entropy": 7.9, "max_image_saturation": 1e-6},
+    )
+    for row in metrics(trainer):
+        assert row["alarm/group_std"] == row["alarm/entropy"] == row["alarm/saturation"] == 1.0
+        assert row["alarm/clipfrac"] == row["policy/grad_norm"] == row["advantage/abs_mean"] == 0.0
+    out = capsys.readouterr().out
+    assert out.count("alarm group_std: images of one prompt get the same reward") == 2 and "alarm clipfrac" not in out
+    start = load_file(trainer.folder / "checkpoints" / "iteration-000001" / "weights.safetensors")
+    assert same(weights(trainer), start)
+
+
+def test_nearly_only_clipped_pairs_raise_the_alarm(train, capsys):
+    trainer = train(clip_range=1e-5, optimizer={"lr": 0.3}, updates_per_rollout=3, iterations=1)
+    (row,) = metrics(trainer)
+    assert row["policy/ratio_first_dev"] < 1e-5 and row["policy/clipfrac"] > 0.9  # over the second and third update
+    assert row["alarm/clipfrac"] == 1.0 and row["alarm/group_std"] == 0.0
+    assert "alarm clipfrac: nearly every pair is clipped" in capsys.readouterr().out
+    (row,) = metrics(train(algorithm="rloo", updates_per_rollout=3, clip_range=1e-5, optimizer={"lr": 0.3}, iterations=1))
+    assert row["policy/clipfrac"] > 0.9 and row["alarm/clipfrac"] == 0.0  # nothing is clipped there
+
+
+# --- one run, straight, killed and stopped ----------------------------------------------------------------------------
+
+
+def recipe(model: str, folder: Path, **overrides) -> Config:
+    """A run of three iterations of a second."""
+    values = {
+        "model": {"path": model, "lora": {"rank": 2}},
+        "prompts": {"source": "animals"},
+        "rewards": [{"name": "jpeg_incompressibility"}],
+        "eval": {"every": 2, "prompts": {"source": "animals", "limit": 3}, "images_per_prompt": 2, "grid": 2},
+        "sampling": {"steps": 4, "guidance_scale": 2.0},
+        "prompts_per_step": 3,
+        "images_per_prompt": 2,
+        "memory": {"rollout_batch": 4, "update_batch": 4, "vae_batch": 4},
+        "optimizer": {"lr": 1e-2},
+        "clip_range": 1e-2,
+        "tracking": {"tensorboard": False},
+        "checkpoint": {"every": 1},
+        "iterations": 3,
+        "output_dir": str(folder),
+    }
+    return parse_config(values | overrides, "test")
+
+
+@pytest.fixture(scope="module")
+def straight(tiny_sd, tmp_path_factory) -> Trainer:
+    """A run that nothing interrupted."""
+    trainer = Trainer(recipe(tiny_sd, tmp_path_factory.mktemp("straight") / "run"))
+    trainer.train()
+    return trainer
+
+
+def final(folder: Path) -> tuple[Weights, Weights | None, dict]:
+    """The newest checkpoint, without its time."""
+    values, average, state = load_checkpoint(sorted((folder / "checkpoints").iterdir())[-1])
+    del state["seconds"]
+    return values, average, state
+
+
+def without_times(path: Path) -> list[dict]:
+    timed = ("seconds", "time/")
+    return [{key: value for key, value in row.items() if not key.startswith(timed)} for row in read_rows(path)]
+
+
+def equal(one, other) -> bool:
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(equal(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(equal, one, other))
+    return one == other
+
+
+def assert_same_run(folder: Path, other: Path) -> None:
+    """Two finished runs with the same weights, states, rows, pictures and exports, bit for bit."""
+    assert status(folder) == status(other) == "finished"
+    for one, two, what in zip(final(folder), final(other), ("weights", "average", "state"), strict=True):
+        assert equal(one, two), what
+    for name in ("metrics.jsonl", "eval.jsonl"):
+        assert without_times(folder / name) == without_times(other / name), name
+    names = sorted(path.name for path in (folder / "samples").iterdir())
+    assert names == sorted(path.name for path in (other / "samples").iterdir())
+    for name in names:
+        assert (folder / "samples" / name).read_bytes() == (other / "samples" / name).read_bytes(), name
+    assert equal(*(load_file(run / "export" / "pytorch_lora_weights.safetensors") for run in (folder, other)))
+
+
+# bit for bit holds for one number of threads
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+
+
+@pytest.fixture
+def start():
+    """A function that starts `fastloop train` in a process of its own and waits until an iteration has been logged."""
+    started = []
+
+    def start(config: Config, *, until: int) -> subprocess.Popen:
+        folder = Path(config.output_dir)
+        recipe, log, rows = (folder.parent / name for name in ("run.yaml", "log", "run/metrics.jsonl"))
+        recipe.write_text(dump_config(config))
+        with log.open("w") as output:
+            command = [sys.executable, "-m", "fastloop.cli", "train", str(recipe)]
+            process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=ENVIRONMENT)
+        started.append(process)
+        deadline = time.monotonic() + 200
+        while not (rows.exists() and rows.read_bytes().count(b"\n") >= until):
+            assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+            time.sleep(0.002)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def signal_and_wait(process: subprocess.Popen, number: int) -> int:
+    process.send_signal(number)
+    return process.wait(120)
+
+
+def test_a_run_leaves_everything_in_its_folder(straight):
+    folder, config = straight.folder, straight.config
+    assert yaml.safe_load((folder / "config.yaml").read_text()) == config.model_dump(mode="json")
+    facts = json.loads((folder / "run.json").read_text())
+    assert facts["status"] == "finished" and facts["message"] is None and facts["finished"] >= facts["started"]
+    assert facts["machine"] and facts["versions"]["torch"] == torch.__version__
+    rows, evals = read_rows(folder / "metrics.jsonl"), read_rows(folder / "eval.jsonl")
+    assert [(row["iteration"], row["images"]) for row in rows] == [(1, 6), (2, 12), (3, 18)]
+    assert [(row["iteration"], row["images"]) for row in evals] == [(0, 0), (2, 12), (3, 18)]
+    assert all(math.isfinite(value) for row in rows for value in row.values())
+    seconds = [row["seconds"] for row in rows]
+    assert seconds == sorted(seconds) and seconds[0] > 0
+    for row in rows:
+        parts = sum(row[f"time/{part}"] for part in ("rollout", "reward_wait", "update"))
+        assert row["time/iteration"] == pytest.approx(parts)
+    assert checkpoints(folder) == ["iteration-000002", "iteration-000003"]  # checkpoint.keep
+    assert (folder / "export" / "pytorch_lora_weights.safetensors").exists()
+    assert same(final(folder)[0], weights(straight))
+    page = (folder / "report.html").read_text()
+    assert "<html" in page and "jpeg_incompressibility" in page
+    names = {f"{n:06d}{end}" for n in (0, 2, 3) for end in (".json", ".png", "_00.png", "_01.png")}
+    assert {path.name for path in (folder / "samples").iterdir()} == names | {"before_after.png"}
+
+
+def test_sample_files_show_the_held_out_prompts_with_their_rewards(straight):
+    folder = straight.folder / "samples"
+    for row in json.loads((folder / "000003.json").read_text()):
+        image = np.array(Image.open(folder / row["file"]))
+        assert image.shape == (16, 16, 3) and row["prompt"] in ANIMALS[:3]
+        assert row["reward"] == straight.eval_rewards.terms["jpeg_incompressibility"][1](image[None], [""], [{}])[0]
+
+
+def test_every_iteration_has_prompts_noise_and_an_order_of_its_own(make_trainer):
+    trainer = make_trainer(eval={"every": 9})
+    pairs, drawn, rollout = record_pairs(trainer), [], trainer._rollout
+
+    def recorded(prompts, ids):
+        drawn.append(([prompt.text for prompt in prompts], ids.tolist()))
+        return rollout(prompts, ids)
+
+    trainer._rollout = recorded
+    trainer.train()
+    (first, ids), (second, later_ids) = drawn
+    assert ids == list(range(6)) and later_ids == list(range(6, 12))
+    assert all(prompts[::2] == prompts[1::2] and len(set(prompts)) == 3 for prompts in (first, second))
+    assert not set(first) & set(second)  # of 45 animals none comes twice in a pass
+    trained = list(itertools.chain(*pairs))[-48:]  # before them the replay
+    assert sorted(trained[:24]) == sorted(trained[24:]) and trained[:24] != trained[24:]
+
+
+def test_the_policy_that_is_trained_is_the_policy_that_sampled(straight):
+    rows = read_rows(straight.folder / "metrics.jsonl")
+    assert [row.get("policy/replay_max_dev") for row in rows] == [0.0, None, None]  # exactly one, before the first update
+    assert max(row["policy/ratio_first_dev"] for row in rows) < 1e-6  # in other batches than the rollout's
+    assert all(row["policy/ratio_max_dev"] > 1e-4 for row in rows)  # after it
+
+
+def test_logged_advantages_are_those_of_the_logged_rewards(make_trainer):
+    trainer = make_trainer(iterations=1)
+    _, advantages = begin(trainer)
+    trainer.train()
+    (row,) = metrics(trainer)
+    assert row["advantage/abs_mean"] == pytest.approx(advantages.abs().mean().item())
+    assert row["advantage/std"] == pytest.approx(advantages.std(correction=0).item())
+    assert row["advantage/abs_mean"] == pytest.approx(2 * row["reward/group_std"], rel=1e-4)  # K = 2: A = +- the difference
+    rewards = torch.tensor([[1.0, 3.0], [2.0, 2.0]])
+    assert trainer._advantages(["a", "b"], rewards).equal(leave_one_out(rewards))
+
+
+def test_a_killed_run_goes_on_to_the_same_weights_bit_for_bit(straight, start, tmp_path, no_report):
+    config = recipe(straight.config.model.path, tmp_path / "run")
+    assert signal_and_wait(start(config, until=1), signal.SIGKILL) == -signal.SIGKILL
+    assert status(tmp_path / "run") == "running" and len(read_rows(tmp_path / "run" / "metrics.jsonl")) < 3
+    assert main(["train", str(tmp_path / "run.yaml"), "--resume"]) == 0
+    assert_same_run(tmp_path / "run", straight.folder)
+
+
+def test_a_killed_run_does_iterations_since_its_checkpoint_again_with_every_state(tiny_sd, start, tmp_path, no_report):
+    overrides = {
+        "algorithm": "ppo",
+        "ema": {"decay": 0.9},
+        "kl": {"weight": 1.0},
+        "optimizer": {"lr": 1e-2, "schedule": "linear"},
+        "prompts": {"source": "animals", "limit": 2},
+        "prompts_per_step": 2,
+        "images_per_prompt": 8,  # after two iterations each prompt has the 16 rewards from which its history counts
+        "sampling": {"steps": 3, "guidance_scale": 1.0},
+        "checkpoint": {"every": 2},
+        "iterations": 4,
+    }
+    process = start(recipe(tiny_sd, tmp_path / "run", **overrides), until=3)
+    assert signal_and_wait(process, signal.SIGKILL) == -signal.SIGKILL
+    Trainer(recipe(tiny_sd, tmp_path / "unbroken", **overrides)).train()
+    # a kill just then leaves half a checkpoint and half a row
+    (tmp_path / "run" / "checkpoints" / ".writing-4-1").mkdir(exist_ok=True)
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+        file.write('{"iteration": 4, "ima')
+    assert checkpoints(tmp_path / "run")[-1] == "iteration-000002" and status(tmp_path / "run") == "running"
+    torch.manual_seed(99)  # what this process did before must not matter
+    resumed = Trainer(recipe(tiny_sd, tmp_path / "run", **overrides), resume=True)
+    assert resumed.iteration == 2 and [row["iteration"] for row in metrics(resumed)] == [1, 2]
+    resumed.train()
+    assert_same_run(tmp_path / "run", tmp_path / "unbroken")
+    assert [row["policy/lr"] for row in metrics(resumed)] == pytest.approx([1e-2, 7.5e-3, 5e-3, 2.5e-3])
+    _, average, state = final(tmp_path / "run")
+    assert average is not None and {len(history) for history in state["prompt_tracker"].values()} == {32}
+    assert checkpoints(tmp_path / "run") == ["iteration-000002", "iteration-000004"]
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_stops_the_run_with_a_checkpoint_and_it_goes_on(straight, start, tmp_path, no_report, number, code):
+    config = recipe(straight.config.model.path, tmp_path / "run")
+    assert signal_and_wait(start(config, until=1), number) == code
+    facts = json.loads((tmp_path / "run" / "run.json").read_text())
+    done = len(read_rows(tmp_path / "run" / "metrics.jsonl"))
+    assert facts["status"] == "stopped" and facts["message"] == f"stopped by {number.name} after iteration {done}"
+    assert checkpoints(tmp_path / "run")[-1] == f"iteration-{done:06d}" and 1 <= done < 3
+    assert (tmp_path / "run" / "report.html").exists()
+    assert main(["train", str(tmp_path / "run.yaml"), "--resume"]) == 0
+    assert_same_run(tmp_path / "run", straight.folder)
+
+
+@pytest.mark.parametrize("part, left_after", [("rollout", 1), ("update", 2), ("first evaluation", 0), ("evaluation", 2)])
+def test_wherever_a_signal_comes_the_run_leaves_a_whole_state(straight, tmp_path, no_report, part, left_after):
+    config = recipe(straight.config.model.path, tmp_path / "run", checkpoint={"every": 3})
+    trainer = Trainer(config)
+    owner, name, iteration = {
+        "rollout": (trainer.rewards, "submit", 1),  # after its first batch
+        "update": (trainer, "_update", 1),
+        "first evaluation": (trainer.eval_rewards, "submit", 0),
+        "evaluation": (trainer.eval_rewards, "submit", 2),
+    }[part]
+    real = getattr(owner, name)
+
+    def interrupted(*args):
+        if trainer.iteration == iteration:
+            signal.raise_signal(signal.SIGINT)
+        return real(*args)
+
+    setattr(owner, name, interrupted)
+    with pytest.raises(Stopped, match=f"stopped by SIGINT after iteration {left_after}"):
+        trainer.train()
+    assert checkpoints(trainer.folder)[-1] == f"iteration-{left_after:06d}" and status(trainer.folder) == "stopped"
+    assert [row["iteration"] for row in metrics(trainer)] == list(range(1, left_after + 1))
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    Trainer(config, resume=True).train()
+    assert_same_run(trainer.folder, straight.folder)
+
+
+def test_a_second_interrupt_leaves_at_once_without_a_checkpoint(make_trainer):
+    trainer = make_trainer(checkpoint={"every": 2})
+    update = trainer._update
+
+    def interrupted(*args):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        return update(*args)
+
+    trainer._update = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert status(trainer.folder) == "failed" and checkpoints(trainer.folder) == ["iteration-000000"]
+    assert metrics(trainer) == []
+
+
+def test_resuming_a_finished_run_changes_nothing_and_more_iterations_go_on(straight, tmp_path, no_report):
+    shorter = recipe(straight.config.model.path, tmp_path / "run", iterations=2)
+    Trainer(shorter).train()
+    before = final(tmp_path / "run"), without_times(tmp_path / "run" / "metrics.jsonl")
+    again = Trainer(shorter, resume=True)
+    again.train()
+    assert again.iteration == 2 and status(tmp_path / "run") == "finished"
+    assert equal(before[0], final(tmp_path / "run")) and before[1] == without_times(tmp_path / "run" / "metrics.jsonl")
+    assert [row["iteration"] for row in read_rows(tmp_path / "run" / "eval.jsonl")] == [0, 2]
+    longer = Trainer(recipe(straight.config.model.path, tmp_path / "run"), resume=True)
+    longer.train()
+    assert_same_run(tmp_path / "run", straight.folder)
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["iterations"] == 3
+
+
+def test_the_launchers_entry_runs_as_a_script(tiny_sd, tmp_path):
+    root = Path(fastloop.__file__).resolve().parents[1]
+    (tmp_path / "recipe.yaml").write_text(dump_config(recipe(tiny_sd, tmp_path / "other")))
+    command = [sys.executable, "fastloop/train.py", "--config", str(tmp_path / "recipe.yaml"), "iterations=1"]
+    done = subprocess.run(
+        [*command, f"output_dir={tmp_path / 'run'}"],
+        cwd=root,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"done: {tmp_path / 'run'}" in done.stdout.splitlines()
+    assert status(tmp_path / "run") == "finished" and len(read_rows(tmp_path / "run" / "metrics.jsonl")) == 1
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["command"].startswith("train.py --config ")
+    assert not (tmp_path / "other").exists()
