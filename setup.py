@@ -26,8 +26,8 @@ setup(
     package_data={"fastloop": ["assets/**/*"]},
     install_requires=[
         "torch>=2.6",
-        "diffusers>=0.35",
-        "transformers>=4.50",
+        "diffusers>=0.37",
+        "transformers>=5",
         "peft>=0.15",
         "accelerate>=1.0",
         "safetensors>=0.5",
