@@ -242,7 +242,7 @@ UNKNOWN_KEYS = [
     ("prompts: {sorce: animals}", "prompts.sorce: unknown key; did you mean 'source'?"),
     ("eval: {prompts: {sorce: animals}}", "eval.prompts.sorce: unknown key; did you mean 'source'?"),
     ("eval: {rewards: [{name: a, wieght: 1}]}", "eval.rewards.0.wieght: unknown key; did you mean 'weight'?"),
-    ("optimizer: {learning_rates: 1}", "optimizer.learning_rates: unknown key; the keys here are name, lr, betas"),
+    ("optimizer: {learning_rates: 1}", "optimizer.learning_rates: unknown key; the keys here are name, lr, schedule, betas"),
     ("memory: {rolout_batch: 1}", "memory.rolout_batch: unknown key; did you mean 'rollout_batch'?"),
     ("last_steps: {dropp: 1}", "last_steps.dropp: unknown key; did you mean 'drop'?"),
     ("safety: {max_clip_frac: 1}", "safety.max_clip_frac: unknown key; did you mean 'max_clipfrac'?"),
