@@ -1,6 +1,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 PIP_ARGS ?=
+PIP = $(VENV)/bin/pip install --quiet --disable-pip-version-check
+PYTORCH_CPU = https://download.pytorch.org/whl/cpu
 
 .PHONY: demo test lint clean
 
@@ -19,5 +21,8 @@ clean:  ## the virtual environment only; runs/ stays
 
 $(VENV)/.installed: setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e ".[test]"
+# without a GPU PyTorch's own build for CPUs, some gigabytes smaller; where that index is out of reach, pip's
+	@command -v nvidia-smi >/dev/null || $(PIP) --retries 0 --timeout 10 --no-deps -c constraints.txt torch \
+		--index-url $(PYTORCH_CPU) 2>/dev/null || true
+	$(PIP) $(PIP_ARGS) -c constraints.txt -e ".[test]"
 	touch $@

@@ -46,7 +46,9 @@ def save_checkpoint(
     os.replace(temporary, final)
     _sync(folder)
     for old in list_checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+        leaving = folder / f".writing-old-{old.name}"  # never half of one under its name
+        os.replace(old, leaving)
+        shutil.rmtree(leaving)
     return final
 
 
@@ -61,7 +63,7 @@ def iteration_of(checkpoint: Path) -> int:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Removes what a killed process was writing."""
+    """Removes what a killed process was writing or removing."""
     for path in folder.glob(".writing-*"):
         shutil.rmtree(path, ignore_errors=True)
 

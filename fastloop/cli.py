@@ -8,11 +8,13 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 # What the libraries log would stand beside our one line; what they raise is in it.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "critical")
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "critical")
+os.environ.setdefault("HF_HUB_VERBOSITY", "critical")
 
 from fastloop.config import load_config
 from fastloop.errors import RunFailed, UserError
@@ -30,14 +32,14 @@ def main(argv: list[str] | None = None) -> int:
             args.overrides = [*args.overrides, *rest]
         return args.run(args)
     except UserError as error:
-        return _fail(str(error), 2)
+        return fail(str(error), 2)
     except RunFailed as error:
-        return _fail(str(error), 1)
+        return fail(str(error), 1)
     except KeyboardInterrupt:
-        return _fail("interrupted", 130)
+        return fail("interrupted", 130)
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, as everything else does."""
 
     def error(self, message: str) -> None:
@@ -45,7 +47,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="fastloop", description="LOOP fine-tuning of text-to-image diffusion models")
+    parser = Parser(prog="fastloop", description="LOOP fine-tuning of text-to-image diffusion models")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     train = commands.add_parser("train", help="train a model")
@@ -98,7 +100,8 @@ def _train(args: argparse.Namespace) -> int:
     except Stopped as stop:
         print(f"{stop}; --resume goes on from {trainer.folder}")
         return 130 if stop.signal_name == "SIGINT" else 143
-    first, *_, last = [row["score"] for row in read_rows(folder / "eval.jsonl")]
+    scores = [row["score"] for row in read_rows(folder / "eval.jsonl")]
+    first, last = scores[0], scores[-1]
     print(
         f"done: {folder}\n"
         f"  held-out score  {first['mean']:.3f} ± {first['stderr'] or 0:.3f} before, "
@@ -153,14 +156,11 @@ def _sample(args: argparse.Namespace) -> int:
     from fastloop.rollout import rollout, sampler_table
     from fastloop.tracking import image_grid
 
-    if args.images < 1 or args.seed < 0:
-        raise UserError("--images: at least 1" if args.images < 1 else "--seed: at least 0")
+    if args.images < 1 or not 0 <= args.seed < 2**32:
+        raise UserError("--images: at least 1" if args.images < 1 else "--seed: 0 to 4294967295")
     config, load = _load(args)
     table = sampler_table(config.model, config.sampling, config.eval.steps)
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out: cannot write to {args.out}: {error.strerror}") from None
+    _probe("--out", args.out, make=True)
     prompts = [prompt for prompt in args.prompt for _ in range(args.images)]
     sampled = rollout(
         load(),
@@ -192,13 +192,16 @@ def _eval(args: argparse.Namespace) -> int:
     from fastloop.rollout import sampler_table
     from fastloop.tracking import plain
 
-    if args.json and (args.json.is_dir() or not args.json.parent.is_dir()):
-        raise UserError(f"--json: cannot write {args.json}: give a file in a folder that exists")
+    if args.json:
+        if args.json.is_dir():
+            raise UserError(f"--json: {args.json} is a folder: give a file")
+        _probe("--json", args.json.parent)
     config, load = _load(args)
     prompts = load_prompts(config.eval.prompts, "eval.prompts")
     sampler_table(config.model, config.sampling, config.eval.steps)  # refuses what it must before the model loads
     size = build_skeleton(config.model).image_size(config.sampling)
-    rewards = Rewards(config.eval.rewards or config.rewards, prompts, size, "eval.rewards")
+    own = config.eval.rewards
+    rewards = Rewards(own or config.rewards, prompts, size, "eval.rewards" if own else "rewards")
     result = evaluate(load(), config, prompts, rewards)
     rewards.close()
     row = result.row()
@@ -208,11 +211,19 @@ def _eval(args: argparse.Namespace) -> int:
     for name, part in parts.items():
         print(f"{name:{width}}  {part['mean']:6.3f}  {part['stderr']:6.3f}  {part['n']}")
     if args.json:
-        try:
-            args.json.write_text(json.dumps(plain(row), indent=1, allow_nan=False))
-        except OSError as error:
-            raise UserError(f"--json: cannot write {args.json}: {error.strerror}") from None
+        args.json.write_text(json.dumps(plain(row), indent=1, allow_nan=False))
     return 0
+
+
+def _probe(option: str, folder: Path, make: bool = False) -> None:
+    """Refuses a folder that cannot be written, before the work whose result it is for."""
+    try:
+        if make:
+            folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except (OSError, ValueError) as error:
+        raise UserError(f"{option}: cannot write to {folder}: {getattr(error, 'strerror', None) or error}") from None
 
 
 def _report(args: argparse.Namespace) -> int:
@@ -220,7 +231,7 @@ def _report(args: argparse.Namespace) -> int:
 
     try:
         print(write_report(args.folder))
-    except (FileNotFoundError, NotADirectoryError, ValueError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(str(error)) from None
     return 0
 
@@ -234,7 +245,7 @@ def _info(args: argparse.Namespace) -> int:
     return 0
 
 
-def _fail(message: str, code: int) -> int:
+def fail(message: str, code: int) -> int:
     print(f"fastloop: {' '.join(message.split())}", file=sys.stderr)
     return code
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -100,7 +101,7 @@ class EvalConfig(Strict):
     rewards: list[RewardConfig] | None = Field(None, description="default: the training rewards")
     images_per_prompt: Positive = 2
     steps: Positive | None = Field(None, description="denoising steps; default: sampling.steps")
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     grid: Positive = Field(12, description="prompts shown in the sample grids")
 
 
@@ -127,7 +128,9 @@ class EmaConfig(Strict):
 class OptimizerConfig(Strict):
     name: Literal["adamw"] = "adamw"
     lr: Annotated[float, Field(gt=0)] = 3e-4
-    schedule: Literal["constant", "linear"] = Field("constant", description="linear: from lr down to 0 at the last iteration")
+    schedule: Literal["constant", "linear"] = Field(
+        "constant", description="linear: falls from lr towards 0 over the iterations"
+    )
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     eps: Annotated[float, Field(gt=0)] = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
@@ -223,14 +226,10 @@ class Config(Strict):
         name = values.get("algorithm", "loop")
         if not isinstance(name, str) or name not in ALGORITHMS:
             return values
-        algorithm = ALGORITHMS[name]
-        defaults = {
-            "advantage": algorithm.advantage,
-            "objective": algorithm.objective,
-            "updates_per_rollout": algorithm.updates_per_rollout,
-        }
-        filled = {key: value for key, value in defaults.items() if values.get(key) is None}
-        return {"advantage_clamp": algorithm.advantage_clamp, **values, **filled}  # a clamp of null is none at all
+        brought = asdict(ALGORITHMS[name])
+        clamp = brought.pop("advantage_clamp")
+        filled = {key: value for key, value in brought.items() if values.get(key) is None}
+        return {"advantage_clamp": clamp, **values, **filled}  # a clamp of null is none at all
 
     @model_validator(mode="after")
     def _cross_field(self) -> Config:
@@ -352,8 +351,15 @@ def parse_config(values: dict[str, Any], source: str) -> Config:
 
 
 def dump_config(config: Config) -> str:
-    """The resolved configuration as YAML; reading it back gives the same configuration."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    """The configuration as YAML; reading it back gives the same one.
+
+    What the algorithm brings is left out, so that the file with another `algorithm` is that algorithm's.
+    """
+    values = config.model_dump(mode="json")
+    for key, value in asdict(ALGORITHMS[config.algorithm]).items():
+        if values[key] == value:
+            del values[key]
+    return yaml.safe_dump(values, sort_keys=False)
 
 
 def _explain(problem: dict[str, Any]) -> str:

@@ -88,6 +88,8 @@ def _read(path: Path, key: str) -> list[Prompt]:
             text = None
         if not isinstance(text, str):
             raise UserError(f'{key}.source: {path}:{number} is not an object such as {{"prompt": "a cat"}}')
+        if not isinstance(row.get("category", ""), str):
+            raise UserError(f"{key}.source: {path}:{number}: category {row['category']!r} is no text: put it in quotes")
         prompts.append(Prompt(text, row))
     if not prompts:
         raise UserError(f"{key}.source: {path} holds no prompts")

@@ -35,14 +35,21 @@ def claim_run_dir(config: Config, resume: bool) -> tuple[Path, Path | None, bool
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
-    except OSError as error:
-        raise UserError(f"output_dir: cannot write to {folder}: {error.strerror}; choose another output_dir=") from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"output_dir: cannot write to {folder}: {reason}; choose another output_dir=") from None
     existing = folder / "config.yaml"
     earlier = load_config(existing) if existing.exists() else None
     # Training begins with run.json: where there is none, a start was refused (model.path, say) and nothing is lost.
     # A config.yaml that is not as we write it is the user's own.
     refused = earlier and not (folder / "run.json").exists() and existing.read_text() == dump_config(earlier)
     if earlier is None or refused:
+        left = [
+            name for name in ("metrics.jsonl", "eval.jsonl") if (folder / name).exists() and (folder / name).stat().st_size
+        ]
+        left += [path.name for path in list_checkpoints(folder / "checkpoints")]
+        if left:
+            raise UserError(f"output_dir: {folder} holds {left[0]} of a run, but not its config: choose another output_dir=")
         replace_text(existing, dump_config(config))
         return folder, None, False
     if not resume:
@@ -81,7 +88,10 @@ def write_run(folder: Path, *, status: str, message: str | None = None, machine:
     """Updates run.json: status is running, finished, stopped or failed."""
     path = folder / "run.json"
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    facts = json.loads(path.read_text()) if path.exists() else {"started": now}
+    try:
+        facts = json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):  # a damaged one holds nothing that a run needs
+        facts = {"started": now}
     facts |= {"status": status, "message": message, "finished": now if status != "running" else None}
     if machine is not None:
         command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])

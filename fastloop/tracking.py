@@ -50,6 +50,8 @@ class Tracker:
         else:
             for path in (metrics, evals):
                 _drop_rows_after(path, resume_iteration)
+        self._wandb = wandb_module
+        self._wandb_run = _start_wandb(wandb_module, wandb, folder, config, resume_iteration) if wandb_module else None
         self._metrics = metrics.open("a", encoding="utf-8")
         self._evals = evals.open("a", encoding="utf-8")
         self._writer = None
@@ -57,8 +59,6 @@ class Tracker:
             purge = None if resume_iteration is None else resume_iteration + 1
             self._writer = writer_class(str(folder / "tensorboard"), purge_step=purge)
             self._writer.add_text("config", f"```\n{yaml.safe_dump(config, sort_keys=False)}```", max(purge or 0, 0))
-        self._wandb = wandb_module
-        self._wandb_run = _start_wandb(wandb_module, wandb, folder, config, resume_iteration) if wandb_module else None
 
     def log(self, row: dict[str, Any]) -> None:
         """Append the row of a training iteration; its numbers go out at ``row["iteration"]``."""
@@ -187,7 +187,13 @@ def _start_wandb(module: Any, project: str, folder: Path, config: dict[str, Any]
     """Start a W&B run, or go on with the one whose id the folder keeps."""
     id_file = folder / "wandb" / "id"
     known = id_file.read_text().strip() if resume_iteration is not None and id_file.exists() else None
-    run = module.init(project=project, name=folder.name, dir=str(folder), config=config, id=known, resume="allow")
+    try:
+        run = module.init(project=project, name=folder.name, dir=str(folder), config=config, id=known, resume="allow")
+    except Exception as error:  # not logged in, no network
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"tracking.wandb: cannot start: {first}; run wandb login, set WANDB_MODE=offline, or set the key to null"
+        ) from None
     id_file.parent.mkdir(exist_ok=True)
     replace_text(id_file, run.id + "\n")
     # W&B's own step only goes up and would swallow the iterations that a resumed run repeats: the x axis is a metric.
@@ -326,7 +332,7 @@ def _paste(grid: Image.Image, picture: Image.Image, x: int, y: int) -> None:
 def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
     """At most three lines of ``width`` pixels. What follows a line break (a reward) stays; what precedes it is cut."""
     first, *rest = text.strip().split("\n")
-    tail = [_cut(part, font, width, 1)[0] for part in rest[: MAX_LINES - 1] if part.strip()]
+    tail = [_cut(part, font, width, 1)[0] for part in rest[-(MAX_LINES - 1) :] if part.strip()]
     return _cut(first, font, width, MAX_LINES - len(tail)) + tail
 
 

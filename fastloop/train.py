@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 
 from fastloop import cli
+from fastloop.errors import UserError
 
 
 def main(argv: list[str] | None = None) -> int:
     """Parses, trains, and returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = cli.Parser(prog="fastloop/train.py", description=__doc__)
     parser.add_argument("--config", required=True, help="YAML file, such as configs/shapes_loop.yaml")
     parser.add_argument("--resume", action="store_true", help="go on with the run in output_dir, or start it")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="such as sampling.steps=20")
-    args = parser.parse_intermixed_args(argv)
+    try:
+        args = parser.parse_intermixed_args(argv)
+    except UserError as error:
+        return cli.fail(str(error), 2)
     return cli.main(["train", args.config, *args.overrides, *(["--resume"] if args.resume else [])])
 
 

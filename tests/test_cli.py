@@ -92,7 +92,7 @@ def test_info_says_what_this_machine_can_do(capsys):
         (["sample", "x.yaml"], "the following arguments are required: --prompt; see fastloop sample --help"),
         (["sample", "x.yaml", "--prompt", "a", "--images", "x"], "argument --images: invalid int value: 'x'"),
         (["sample", "x.yaml", "--prompt", "a", "--images", "0"], "--images: at least 1"),
-        (["sample", "x.yaml", "--prompt", "a", "--seed", "-1"], "--seed: at least 0"),
+        (["sample", "x.yaml", "--prompt", "a", "--seed", "-1"], "--seed: 0 to 4294967295"),
     ],
 )
 def test_a_command_that_cannot_be_read_is_one_line_with_exit_code_2(refused, argv, says):
@@ -278,6 +278,18 @@ CONFIG_DAMAGES = {
         change("model_index.json", _class_name="FluxPipeline"),
         "MODEL is a FluxPipeline: supported are StableDiffusionPipeline",
     ),
+    "a unet that cannot be built": (
+        change("unet/config.json", block_out_channels=[8, 16, 16]),
+        "cannot build the unet of MODEL from its config.json: ",
+    ),
+    "a text encoder that cannot be built": (
+        change("text_encoder/config.json", hidden_size="abc"),
+        "cannot build the text_encoder of MODEL from its config.json: ",
+    ),
+    "a text encoder of another model": (
+        change("unet/config.json", cross_attention_dim=24),
+        "the text encoder of MODEL gives 16 channels, its UNet takes 24 (cross_attention_dim)",
+    ),
     "no scheduler": (remove("scheduler"), f"cannot read {SCHEDULER} of MODEL: No such file or directory"),
     "a torn scheduler": (write(SCHEDULER, '{"a": '), f"cannot read {SCHEDULER} of MODEL: Expecting value"),
     "a clipping scheduler": (change(SCHEDULER, clip_sample=True), "clip_sample=true: the step is then not affine"),
@@ -306,7 +318,7 @@ WEIGHT_DAMAGES = {
         write("vae/diffusion_pytorch_model.safetensors", "version https://git-lfs.github.com/spec/v1\n"),
         "cannot load the vae of MODEL",
     ),
-    "a unet of another shape": (change("unet/config.json", cross_attention_dim=24), "cannot load the unet of MODEL"),
+    "a unet of another shape": (change("unet/config.json", layers_per_block=2), "cannot load the unet of MODEL"),
 }
 
 
@@ -537,9 +549,11 @@ def test_weights_of_another_adapter_are_refused_with_what_differs(trained, capsy
 
 def test_results_that_cannot_be_written_are_refused_before_the_model_loads(recipe, refused, no_model):
     Path("folder").mkdir()
-    for path in ("nowhere/e.json", "folder"):
-        assert refused("eval", recipe, "--json", path) == (f"--json: cannot write {path}: give a file in a folder that exists")
+    assert refused("eval", recipe, "--json", "folder") == "--json: folder is a folder: give a file"
+    assert refused("eval", recipe, "--json", "no/e.json") == "--json: cannot write to no: No such file or directory"
+    assert refused("eval", recipe, "--json", "/proc/e.json").startswith("--json: cannot write to /proc: ")
     assert refused("sample", recipe, "--prompt", "a", "--out", recipe) == f"--out: cannot write to {recipe}: File exists"
+    assert refused("sample", recipe, "--prompt", "a", "--out", "/proc").startswith("--out: cannot write to /proc: ")
 
 
 def test_report_needs_the_folder_of_a_run(tmp_path, refused):

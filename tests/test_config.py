@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from fastloop.advantages import ADVANTAGES, NEEDS_GROUPS
-from fastloop.algorithms import ALGORITHMS
+from fastloop.algorithms import ALGORITHMS, Algorithm
 from fastloop.cli import main
 from fastloop.config import Config, apply_overrides, dump_config, load_config, parse_config
 from fastloop.errors import UserError
@@ -75,14 +76,24 @@ def test_a_dumped_configuration_reads_back_the_same(load):
     assert again.optimizer.lr == 1.2345678901234567e-5 and again.rewards[1].params["flag"] is True
 
 
-def test_a_dumped_configuration_names_every_key(load):
+def test_a_dumped_configuration_names_every_key_but_what_the_algorithm_brings(load):
+    brought = [field.name for field in dataclasses.fields(Algorithm)]
+
     def names(model: type[BaseModel], values: dict) -> None:
-        assert list(values) == list(model.model_fields)
+        assert list(values) == [name for name in model.model_fields if name not in brought]
         for name, field in model.model_fields.items():
             if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
                 names(field.annotation, values[name])
 
     names(Config, yaml.safe_load(dump_config(load())))
+    own = load(f"algorithm: loop\nupdates_per_rollout: 3\nadvantage_clamp: 2\n{REWARDS}")
+    assert [name for name in yaml.safe_load(dump_config(own)) if name in brought] == ["updates_per_rollout", "advantage_clamp"]
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_a_runs_configuration_with_another_algorithm_is_that_algorithms(load, tmp_path, name):
+    (tmp_path / "config.yaml").write_text(dump_config(load(f"algorithm: loop\n{REWARDS}")))
+    assert load_config(tmp_path / "config.yaml", [f"algorithm={name}"]) == load(f"algorithm: {name}\n{REWARDS}")
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)

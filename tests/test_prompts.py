@@ -162,3 +162,11 @@ def test_a_draw_may_be_larger_than_the_list_and_keeps_its_prompts_balanced():
     assert sum(counts.values()) == 10 and max(counts.values()) - min(counts.values()) <= 2
     assert PromptStream(PROMPTS[:1], seed=1).draw(5, 3) == [PROMPTS[0]] * 3
     assert stream.draw(4, 0) == []
+
+
+@pytest.mark.parametrize("category", ["1", '["x"]', "null"])
+def test_a_category_that_is_no_text_is_refused_with_its_line(tmp_path, category):
+    path = tmp_path / "p.jsonl"
+    path.write_text(f'{{"prompt": "a"}}\n{{"prompt": "b", "category": {category}}}\n')
+    with pytest.raises(UserError, match=f"^prompts.source: {path}:2: category .* is no text: put it in quotes$"):
+        load_prompts(PromptsConfig(source=str(path)))

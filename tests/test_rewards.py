@@ -357,3 +357,10 @@ def test_a_reward_of_ones_own_may_refuse_prompts_and_sizes(make, monkeypatch):
 def test_the_shapes_reward_takes_every_prompt_of_the_shapes_sources(make):
     for source in ("shapes_train", "shapes_heldout"):
         make("shapes", prompts=load_prompts(PromptsConfig(source=source)))
+
+
+def test_a_module_that_exits_when_imported_is_refused(make, tmp_path, monkeypatch):
+    (tmp_path / "leaves_at_once.py").write_text("import sys\nsys.exit(3)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match="^rewards.0.name: cannot import leaves_at_once:f: SystemExit: 3$"):
+        make("leaves_at_once:f")

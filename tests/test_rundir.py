@@ -234,6 +234,23 @@ def test_a_damaged_configuration_is_refused_with_its_place(begin, make_config, r
 # --- config.yaml and run.json -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("resume", [False, True])
+def test_what_a_run_left_without_its_configuration_is_not_built_on(begin, make_config, resume):
+    folder = begin(1)
+    (folder / "config.yaml").unlink()
+    assert refusal(make_config(), resume).startswith(
+        f"output_dir: {folder} holds metrics.jsonl of a run, but not its config: "
+    )
+    assert not (folder / "config.yaml").exists()
+
+
+def test_a_torn_run_json_does_not_stop_a_run(begin):
+    folder = begin()
+    (folder / "run.json").write_text('{"status": "runn')
+    write_run(folder, status="finished")
+    assert json.loads((folder / "run.json").read_text())["status"] == "finished"
+
+
 def test_a_folder_without_a_configuration_holds_no_run(tmp_path):
     with pytest.raises(UserError, match=f"^{tmp_path} holds no run: it has no config.yaml$"):
         read_run_config(tmp_path)

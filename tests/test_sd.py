@@ -150,6 +150,29 @@ def test_folder_may_be_given_from_the_home_directory(tiny_sd, monkeypatch) -> No
     assert resolve_path(f"~/{Path(tiny_sd).name}") == tiny_sd
 
 
+def test_a_mistyped_folder_beside_others_is_not_looked_for_on_the_hub(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    with pytest.raises(UserError, match="^model.path: no folder models/mysd: "):
+        resolve_path("models/mysd")
+
+
+@pytest.mark.parametrize("path", ["/" + 300 * "a", "a\0b"])
+def test_what_cannot_be_a_path_is_refused(path: str) -> None:
+    with pytest.raises(UserError, match="^model.path: "):
+        resolve_path(path)
+
+
+def test_a_model_without_a_size_of_its_own_needs_both_sides(tiny_sd: str, tmp_path) -> None:
+    copy = tmp_path / "model"
+    shutil.copytree(tiny_sd, copy)
+    edit_json(copy / "unet" / "config.json", sample_size=None)
+    skeleton = build_skeleton(ModelConfig(path=str(copy)))
+    assert skeleton.latent_shape(16, 32) == (4, 8, 16)
+    with pytest.raises(UserError, match="^sampling: the model states no size of its own: set sampling.height and"):
+        skeleton.latent_shape(16, None)
+
+
 def test_hub_id_that_cannot_be_fetched_is_refused() -> None:
     assert resolve_path("owner/name") == "owner/name"
     refused(lambda: load("owner/name"), "owner/name", "model_index.json")

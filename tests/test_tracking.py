@@ -176,6 +176,18 @@ def test_wandb_gets_every_row_and_a_resumed_run_goes_on_under_its_id(tmp_path, m
     assert fake.finished == 2
 
 
+def test_wandb_that_cannot_start_is_one_line_and_leaves_no_rows(tmp_path, monkeypatch):
+    def init(**_):
+        raise RuntimeError("api_key not configured\nmore")
+
+    fake = types.ModuleType("wandb")
+    fake.init = init
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    with pytest.raises(UserError, match=r"^tracking.wandb: cannot start: api_key not configured; run wandb login"):
+        make_tracker(tmp_path, wandb="my-project")
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
 @pytest.mark.parametrize(
     ("changes", "module", "message"),
     [

@@ -29,7 +29,7 @@ from fastloop.advantages import leave_one_out
 from fastloop.algorithms import ALGORITHMS
 from fastloop.checkpoints import load_checkpoint
 from fastloop.cli import main
-from fastloop.config import Config, dump_config, parse_config
+from fastloop.config import Config, dump_config, load_config, parse_config
 from fastloop.engines.torch import TorchEngine
 from fastloop.errors import RunFailed
 from fastloop.prompts import ANIMALS
@@ -795,7 +795,7 @@ def signal_and_wait(process: subprocess.Popen, number: int) -> int:
 
 def test_a_run_leaves_everything_in_its_folder(straight):
     folder, config = straight.folder, straight.config
-    assert yaml.safe_load((folder / "config.yaml").read_text()) == config.model_dump(mode="json")
+    assert load_config(folder / "config.yaml") == config
     facts = json.loads((folder / "run.json").read_text())
     assert facts["status"] == "finished" and facts["message"] is None and facts["finished"] >= facts["started"]
     assert facts["machine"] and facts["versions"]["torch"] == torch.__version__

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -28,11 +29,15 @@ def resolve_path(path: str) -> str:
             raise UserError(f"model.path: no bundled model {name!r}: one of {', '.join(f'assets:{k}' for k in known)}")
         return str(ASSETS / name)
     folder = Path(path).expanduser()
-    if folder.is_dir():
+    try:
+        found, beside = folder.is_dir(), folder.parent.is_dir()
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.path: {getattr(error, 'strerror', None) or error}: {path[:80]!r}") from None
+    if found:
         if not (folder / "model_index.json").exists():
             raise UserError(f"model.path: {path} has no model_index.json: give the folder of a diffusers pipeline")
         return str(folder)
-    if path.startswith(("/", ".", "~")) or path.count("/") != 1:
+    if path.startswith(("/", ".", "~")) or path.count("/") != 1 or beside:
         raise UserError(f"model.path: no folder {path}: give a diffusers folder, a hub id OWNER/NAME, or assets:shapes")
     return path
 
@@ -57,6 +62,15 @@ def read_json(path: str, config: ModelConfig, name: str, subfolder: str | None =
     except Exception as error:  # the hub's client raises many kinds
         reason = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
         raise UserError(f"model.path: cannot read {where} of {path}: {reason.splitlines()[0]}") from None
+
+
+def build_part(name: str, path: str, make: Callable[[dict], torch.nn.Module], values: dict) -> torch.nn.Module:
+    """A part of a pipeline from its config. Raises ``UserError`` where the library cannot make it from these values."""
+    try:
+        return make(values)
+    except Exception as error:  # diffusers and transformers raise many kinds
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"model.path: cannot build the {name} of {path} from its config.json: {first}") from None
 
 
 def family(path: str, config: ModelConfig):

@@ -12,13 +12,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.utils import logging as diffusers_logging
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
 from fastloop.config import ModelConfig, SamplingConfig
-from fastloop.denoisers import read_json
+from fastloop.denoisers import build_part, read_json
 from fastloop.errors import RunFailed, UserError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -72,15 +73,27 @@ def load(path: str, config: ModelConfig, device: torch.device) -> StableDiffusio
 
 def skeleton(path: str, config: ModelConfig) -> StableDiffusion:
     """The model without weights, on the meta device, for planning. Raises ``UserError`` where a part's config is missing."""
-    configs = {name: read_json(path, config, "config.json", name) for name in ("text_encoder", "vae", "unet")}
+    makers = {
+        "text_encoder": lambda values: CLIPTextModel(CLIPTextConfig(**values)),
+        "vae": AutoencoderKL.from_config,
+        "unet": UNet2DConditionModel.from_config,
+    }
+    configs = {name: read_json(path, config, "config.json", name) for name in makers}
     with torch.device("meta"):
-        parts = {
-            "text_encoder": CLIPTextModel(CLIPTextConfig(**configs["text_encoder"])),
-            "vae": AutoencoderKL.from_config(configs["vae"]),
-            "unet": UNet2DConditionModel.from_config(configs["unet"]),
-        }
+        parts = {name: build_part(name, path, make, configs[name]) for name, make in makers.items()}
     parts = {name: module.to(DTYPES[config.dtype]) for name, module in parts.items()}
+    _check_fit(path, parts["text_encoder"].config, parts["vae"].config, parts["unet"].config)
     return StableDiffusion(path, config, torch.device("meta"), tokenizer=None, **parts)
+
+
+def _check_fit(path: str, text, vae, unet) -> None:
+    """Raises ``UserError`` where what one part gives is not what the next takes."""
+    for what, gives, takes, key in (
+        ("text encoder", text.hidden_size, unet.cross_attention_dim, "cross_attention_dim"),
+        ("VAE", vae.latent_channels, unet.in_channels, "in_channels"),
+    ):
+        if gives != takes:
+            raise UserError(f"model.path: the {what} of {path} gives {gives} channels, its UNet takes {takes} ({key})")
 
 
 def add_lora(unet: UNet2DConditionModel, config: ModelConfig) -> None:
@@ -169,7 +182,9 @@ class StableDiffusion:
             UserError: a size that the UNet cannot halve often enough.
         """
         size = self.unet.config.sample_size
-        own = (size, size) if isinstance(size, int) else tuple(size)
+        if size is None and (height is None or width is None):
+            raise UserError("sampling: the model states no size of its own: set sampling.height and sampling.width")
+        own = (size, size) if isinstance(size, int) else size
         unit = self.scale_factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
         for key, value in (("height", height), ("width", width)):
             if value is not None and value % unit:
@@ -258,6 +273,7 @@ class StableDiffusion:
                 unet_lora_adapter_metadata=self.unet.peft_config[ADAPTER].to_dict(),
             )
             return
+        diffusers_logging.disable_progress_bar()
         # The other parts come from the files again, all in float32: the dtype that was trained, and one dtype for all parts.
         self.pipeline_class.from_pretrained(
             self.path,

@@ -169,7 +169,7 @@ def _import(name: str, key: str) -> Callable[..., Any]:
         sys.path.append(os.getcwd())
     try:
         found = getattr(importlib.import_module(module_name), function)
-    except Exception as error:  # whatever the user's module raises while it is imported
+    except (Exception, SystemExit) as error:  # whatever the user's module raises while it is imported
         raise UserError(f"{key}.name: cannot import {name}: {type(error).__name__}: {error}") from None
     if not callable(found):
         raise UserError(f"{key}.name: {name} is of type {type(found).__name__}, not a function")
