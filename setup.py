@@ -25,7 +25,8 @@ setup(
     package_dir={"fastloop.kernels": "kernels"},
     package_data={"fastloop": ["assets/**/*"]},
     install_requires=[
-        "torch>=2.6",
+        "torch>=2.8",
+        "triton>=3.4; sys_platform == 'linux'",  # PyTorch with CUDA brings its own; that for CPUs has none
         "diffusers>=0.37",
         "transformers>=5",
         "peft>=0.15",

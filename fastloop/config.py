@@ -202,7 +202,7 @@ class Config(Strict):
     optimizer: OptimizerConfig = OptimizerConfig()
     memory: MemoryConfig = MemoryConfig()
     engine: EngineConfig = EngineConfig()
-    kernels: Literal["auto", "reference"] = "auto"
+    kernels: Literal["auto", "triton", "reference"] = Field("auto", description="auto: triton on a GPU, reference elsewhere")
     safety: SafetyConfig = SafetyConfig()
     tracking: TrackingConfig = TrackingConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()

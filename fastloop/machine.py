@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from fastloop.kernels import triton_problem
+
 _PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "numpy")
 _OPTIONAL = ("triton", "deepspeed", "bitsandbytes", "xformers", "wandb")
 
@@ -67,14 +69,15 @@ def capabilities() -> list[tuple[str, str]]:
     rows = [("machine", f"{facts['system']}, {facts['cpus']} CPU cores, {facts['memory_gib']} GiB")]
     rows += [("python", facts["python"])]
     rows += [(name, version_of(name) or "not installed") for name in (*_PACKAGES, *_OPTIONAL)]
-    if torch.cuda.is_available():
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cuda":
         for i in range(torch.cuda.device_count()):
             found = describe_machine(torch.device("cuda", i))
             rows.append((f"device cuda:{i}", f"{found['gpu']}, {found['gpu_memory_gib']} GiB"))
     else:
         rows.append(("device", "cpu (no CUDA device found)"))
     rows += [
-        ("kernels", "reference (PyTorch)"),
+        ("kernels", "triton" if (problem := triton_problem(device)) is None else f"reference (PyTorch); triton {problem}"),
         ("attention", "sdpa" + ("" if xformers_problem() else ", xformers")),
         ("xformers", xformers_problem() or "works"),
         ("optimizers", "adamw"),

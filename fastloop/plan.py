@@ -8,10 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch.overrides import TorchFunctionMode
 
+from fastloop import kernels
 from fastloop.config import Config
 from fastloop.denoisers import build_skeleton
 from fastloop.denoisers.sd import DTYPES, StableDiffusion
 from fastloop.engines.torch import pick_device
+from fastloop.errors import UserError
 from fastloop.prompts import Prompt, load_prompts
 from fastloop.rewards import Rewards
 from fastloop.rollout import kept_steps, sampler_table, trained_steps
@@ -86,6 +88,10 @@ def check(config: Config) -> Checked:
         UserError: whatever in the configuration does not fit the machine, the files or the model.
     """
     device = pick_device(config.engine.device)
+    try:
+        kernels.choose(config.kernels, device)
+    except ValueError as error:
+        raise UserError(str(error)) from None
     tracking_packages(config.tracking.tensorboard, config.tracking.wandb)
     prompts = load_prompts(config.prompts)
     eval_prompts = load_prompts(config.eval.prompts, "eval.prompts")

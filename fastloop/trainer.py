@@ -28,7 +28,7 @@ from fastloop.denoisers import load_denoiser
 from fastloop.engines.torch import TorchEngine
 from fastloop.errors import RunFailed
 from fastloop.evaluation import Evaluation, evaluate
-from fastloop.kernels.reference import transition_mean
+from fastloop.kernels.reference import STATISTICS, transition_mean
 from fastloop.machine import describe_machine
 from fastloop.metrics import image_metrics, reward_metrics
 from fastloop.objectives import gaussian_kl
@@ -41,6 +41,7 @@ from fastloop.rundir import claim_run_dir, write_run
 from fastloop.tracking import Tracker, before_after_grid, image_grid, read_rows
 from fastloop.transitions import TransitionTable
 
+DEVIATION = STATISTICS.index("ratio_max_dev")  # a maximum; the other statistics are sums
 MAX_SKIPPED = 8  # non-finite updates in a row that loss scaling may skip while it finds its scale
 
 
@@ -117,7 +118,7 @@ class Trainer:
                 # 1. prompts, each K times; trajectory numbers key the noise, whatever the batch or the process
                 prompts = self.prompts.draw(self.iteration * config.prompts_per_step, config.prompts_per_step)
                 repeated = [prompt for prompt in prompts for _ in range(config.images_per_prompt)]
-                ids = torch.arange(len(repeated)) + self.iteration * len(repeated)
+                ids = torch.arange(len(repeated), device=self.device) + self.iteration * len(repeated)
                 # 2. rollout; each batch is scored while the next one is sampled
                 trajectories = self._rollout(repeated, ids)
                 sampled = time.perf_counter()
@@ -194,38 +195,42 @@ class Trainer:
         row = {prompt: i for i, prompt in enumerate(distinct)}
         prompt_row = torch.tensor([row[prompt] for prompt in trajectories.prompts], device=self.device)
         cond, uncond = self.denoiser.encode(distinct, config.sampling)
-        norms, stats, names = [], [], ["loss", "ratio", "change", *(["kl_reference"] if config.kl.weight else [])]
+        norms, sums, deviations = [], [], []  # of each update
         with tqdm(total=sum(map(len, updates)), desc="  update", leave=False, disable=None) as bar:
             for number, update in enumerate(updates):
-                update_stats = []  # stays on the device until the update is done
+                seen = []  # stays on the device until the update is done
                 for start in range(0, len(update), config.memory.update_batch):
                     index = torch.from_numpy(update[start : start + config.memory.update_batch]).to(self.device)
                     i, step = index.unbind(1)
                     text = cond[prompt_row[i]], None if uncond is None else uncond[prompt_row[i]]
                     terms, loss, kl = self._loss(trajectories, advantages, i, step, *text)
                     self.engine.backward(loss.sum() / len(update))
-                    change = terms.log_prob - trajectories.log_probs[step, i]
-                    update_stats.append(torch.stack([loss.detach(), terms.ratio, change, *kl]))
+                    seen.append(torch.cat([terms.statistics, *(value.sum()[None] for value in (loss.detach(), *kl))]))
                     bar.update(len(index))
-                stats.append(torch.cat(update_stats, 1).cpu().double())
+                rows = torch.stack(seen).cpu().double()
+                sums.append(rows.sum(0))
+                deviations.append(rows[:, DEVIATION].max().item())
                 if number == 0:
-                    self._check_first_ratio(stats[0][1])
-                norms.append(self._step(stats[-1][0]))
-        seen = dict(zip(names, torch.cat(stats, 1), strict=True))
+                    self._check_first_ratio(deviations[0])
+                norms.append(self._step(sums[-1][len(STATISTICS)]))
         # in the first update the policy is still the old one: whether the clip binds shows in the later ones
-        later = torch.cat(stats[1:] or stats, 1)[1]
+        later = slice(1, None) if len(updates) > 1 else slice(None)
+        high, low = (torch.stack(sums[later]).sum(0) / sum(map(len, updates[later])))[:2].tolist()
+        _, _, approx_kl, ratio, _, loss, *kl = (torch.stack(sums).sum(0) / sum(map(len, updates))).tolist()
         metrics = {
-            "policy/loss": seen["loss"].mean().item(),
-            "policy/ratio_mean": seen["ratio"].mean().item(),
-            "policy/ratio_max_dev": (seen["ratio"] - 1).abs().max().item(),
-            "policy/ratio_first_dev": (stats[0][1] - 1).abs().max().item(),
-            "policy/clipfrac": ((later - 1).abs() > config.clip_range).double().mean().item(),
-            "policy/approx_kl": 0.5 * seen["change"].square().mean().item(),
+            "policy/loss": loss,
+            "policy/ratio_mean": ratio,
+            "policy/ratio_max_dev": max(deviations),
+            "policy/ratio_first_dev": deviations[0],
+            "policy/clipfrac": high + low,
+            "policy/clipfrac_high": high,
+            "policy/clipfrac_low": low,
+            "policy/approx_kl": approx_kl,
             "policy/grad_norm": float(np.mean([norm for norm in norms if norm is not None] or [0.0])),
             "policy/lr": lr,
         }
         if config.kl.weight:
-            metrics["policy/kl_reference"] = seen["kl_reference"].mean().item()
+            metrics["policy/kl_reference"] = kl[0]
         return metrics
 
     def _loss(self, trajectories, advantages, i, step, cond, uncond):
@@ -246,6 +251,9 @@ class Trainer:
             advantages[i],
             config.clip_range,
             config.objective,
+            config.seed,
+            trajectories.ids[i],
+            step,
         )
         loss, kl = terms.loss, []
         if config.kl.weight:
@@ -256,9 +264,9 @@ class Trainer:
             loss, kl = loss + config.kl.weight * distance, [distance.detach()]
         return terms, weight * loss, kl
 
-    def _step(self, losses: torch.Tensor) -> float | None:
+    def _step(self, loss: torch.Tensor) -> float | None:
         """One optimizer step. Raises ``RunFailed`` where loss or gradients are not finite; the weights are then untouched."""
-        if not losses.isfinite().all():
+        if not loss.isfinite():
             raise RunFailed(f"the loss is not finite in iteration {self.iteration + 1}: {self._nan_hint()}")
         norm = self.engine.step()
         self.skipped = self.skipped + 1 if norm is None else 0
@@ -293,10 +301,9 @@ class Trainer:
             )
         return worst
 
-    def _check_first_ratio(self, ratio: torch.Tensor) -> None:
+    def _check_first_ratio(self, deviation: float) -> None:
         """Before the first optimizer step of a rollout the policy is the old one: what differs from 1 is rounding."""
-        deviation = (ratio - 1).abs().max().item()
-        if self.config.objective != "score_function" and deviation > self.config.clip_range:
+        if self.config.objective in ("clipped", "clip_only") and deviation > self.config.clip_range:
             raise RunFailed(
                 f"ratio check: before any update |ratio - 1| reaches {deviation:.1e}, over clip_range = "
                 f"{self.config.clip_range:.1e}, so rounding alone clips. Likely causes: model.dtype, or update batches "

@@ -5,8 +5,9 @@
     x'   = mean + sigma z,  z ~ N(0, I)
     logp = -(1/D) sum (x' - mean)^2 / (2 sigma^2) - log sigma - log(2 pi) / 2
 
-Latents, coefficients, log-probs and reductions are float32, whatever the model's dtype. Both operators take the residual
-x' - mean of the *stored* x' and sum it along one fixed tree, so the same model outputs give bit-identical log-probs.
+Latents, coefficients and log-probs are float32, whatever the model's dtype. Both operators take the residual x' - mean of the
+*stored* x', and their sums of squares do not depend on their order (``_mean_square``), so the same model outputs give
+bit-identical log-probs.
 
 Noise is counter-based, Philox 4x32-10 (Salmon et al., SC 2011): key = seed, counter = (element / 4, step, trajectory id).
 A trajectory's noise depends on nothing else: not on its micro-batch, not on the number of processes.
@@ -26,13 +27,19 @@ _MASK = 0xFFFFFFFF
 _ROUND_A, _ROUND_B, _KEY_A, _KEY_B = 0xD2511F53, 0xCD9E8D57, 0x9E3779B9, 0xBB67AE85
 
 
+# of a micro-batch, float32: pairs out of the trust region with a ratio above and below 1, the sums of (log ratio)^2 / 2 and of
+# the ratios, the largest |ratio - 1|
+STATISTICS = ("clipped_high", "clipped_low", "approx_kl", "ratio", "ratio_max_dev")
+
+
 @dataclass(frozen=True)
 class PolicyTerms:
-    """Per pair, float32 (B,): the loss with its gradient; the log-prob and the ratio without."""
+    """Per pair, float32 (B,): the loss with its gradient; the log-prob and the ratio without. ``STATISTICS``, float32 (5,)."""
 
     loss: torch.Tensor
     log_prob: torch.Tensor
     ratio: torch.Tensor
+    statistics: torch.Tensor
 
 
 def philox(seed: int, counter: tuple[torch.Tensor | int, ...]) -> tuple[torch.Tensor, ...]:
@@ -47,13 +54,17 @@ def philox(seed: int, counter: tuple[torch.Tensor | int, ...]) -> tuple[torch.Te
     return c0, c1, c2, c3
 
 
-def normal(seed: int, trajectory: torch.Tensor, step: int, size: int) -> torch.Tensor:
-    """Standard normal noise, float32 (B, size), of trajectories (int64 (B,)) at a step (Box-Muller on 23-bit uniforms).
+def normal(seed: int, trajectory: torch.Tensor, step: int | torch.Tensor, size: int) -> torch.Tensor:
+    """Standard normal noise, float32 (B, size), of trajectories (int64 (B,)) at a step, or at one each (int64 (B,)).
+
+    Box-Muller on 23-bit uniforms.
 
     Element e takes word e % 4 of counter e // 4; words 0, 1 and 2, 3 make the two pairs.
     """
     block = torch.arange(-(-size // 4), device=trajectory.device)[None, :]
     low, high = (trajectory & _MASK)[:, None], ((trajectory >> 32) & _MASK)[:, None]
+    if isinstance(step, torch.Tensor):
+        step = step[:, None]
     words = philox(seed, (block + 0 * low, step + 0 * (block + low), low + 0 * block, high + 0 * block))
     uniform = [((word >> 9).float() + 0.5) * 2.0**-23 for word in words]  # exact in float32, in (0, 1)
     pairs = []
@@ -108,17 +119,33 @@ def policy_loss(
     advantage: torch.Tensor,
     clip_range: float,
     objective: str,
+    seed: int = 0,
+    trajectory: torch.Tensor | None = None,
+    step: torch.Tensor | None = None,
 ) -> PolicyTerms:
     """The policy-gradient loss of (trajectory, timestep) pairs, with gradients for ``cond`` and ``uncond``.
 
     Args:
         cond, uncond, x_t, a, b, sigma, guidance: as in ``sample_transition``; x_prev: float32 (B, ...), as stored.
         log_prob_old, advantage: float32 (B,). objective: a key of ``fastloop.objectives.OBJECTIVES``.
+        seed, trajectory, step: int64 (B,), what keyed the noise of x_prev; only ``kl_mask`` needs them.
     """
     mean = transition_mean(cond, uncond, x_t, a, b, guidance)
     log_prob = _log_prob(mean, x_prev, sigma)
-    loss = OBJECTIVES[objective](log_prob, log_prob_old, advantage, clip_range)
-    return PolicyTerms(loss, log_prob.detach(), (log_prob.detach() - log_prob_old).exp())
+    kl = None
+    if objective == "kl_mask":
+        # the mean that sampled is x' - sigma z, and z can be drawn again: nothing of it was stored
+        noise = normal(seed, trajectory, step, x_t[0].numel()).view_as(x_t)
+        kl = (0.5 * _mean_square(mean.detach() - (x_prev - _expand(sigma, mean) * noise), sigma)).float()
+    loss = OBJECTIVES[objective](log_prob, log_prob_old, advantage, clip_range, kl)
+    change = log_prob.detach() - log_prob_old
+    ratio = change.exp()
+    if kl is None:
+        high, low = ratio > 1 + clip_range, ratio < 1 - clip_range
+    else:
+        high, low = (kl > clip_range) & (ratio > 1), (kl > clip_range) & (ratio < 1)
+    statistics = (high.float().sum(), low.float().sum(), 0.5 * change.square().sum(), ratio.sum(), (ratio - 1).abs().max())
+    return PolicyTerms(loss, log_prob.detach(), ratio, torch.stack(statistics))
 
 
 def transition_mean(cond, uncond, x_t, a, b, guidance: float) -> torch.Tensor:
@@ -129,17 +156,22 @@ def transition_mean(cond, uncond, x_t, a, b, guidance: float) -> torch.Tensor:
 
 
 def _log_prob(mean: torch.Tensor, x_prev: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-    squares = (x_prev - mean).square().flatten(1)
-    size = squares.shape[1]
-    # A fixed tree of element-wise sums: torch's own reduction may split a row among threads when the batch is small.
-    width = 1 << (size - 1).bit_length()
-    total = torch.nn.functional.pad(squares, (0, width - size))
-    while width > 1:
-        width //= 2
-        total = total[:, :width] + total[:, width:]
-    safe = torch.where(sigma > 0, sigma, 1.0)
-    log_prob = -total[:, 0] / (2 * size * safe.square()) - safe.log() - 0.5 * math.log(2 * math.pi)
-    return torch.where(sigma > 0, log_prob, 0.0)
+    scale = torch.where(sigma > 0, sigma, 1.0).double()
+    log_prob = -(0.5 * _mean_square(x_prev - mean, sigma) + scale.log() + 0.5 * math.log(2 * math.pi))
+    return torch.where(sigma > 0, log_prob, 0.0).float()
+
+
+def _mean_square(residual: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+    """Mean over the D elements of (residual / sigma)^2, float64 (B,), the same whatever the order of the sum.
+
+    torch's reductions take their order from the number of threads and rows, the kernels' from their layout. Squares that are
+    multiples of 2^-30 add up in float64 without rounding, as long as their sum is below 2^23 = 8.4 million (about D near the
+    policy that sampled); so each is rounded to that first.
+    """
+    inverse = torch.where(sigma > 0, 1 / torch.where(sigma > 0, sigma, 1.0), 0.0)
+    squares = (residual * _expand(inverse, residual)).square().flatten(1).double()
+    squares = (squares + 1.5 * 2.0**22) - 1.5 * 2.0**22  # float64 has 52 bits after the first
+    return squares.sum(1) / squares.shape[1]
 
 
 def _expand(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,170 @@
+"""What the Triton kernels share: the per-step Gaussian as device functions, and how tensors reach them.
+
+**Why the sums are exact.** The importance ratio must be exactly 1 while the policy is the one that sampled, so the rollout's
+kernel and the loss's kernel must give the same bits for the same residuals. A float32 sum depends on its order, and Triton's
+reductions take theirs from the register layout, which differs between kernels and dtypes. So each squared, scaled residual
+z^2 is rounded to a multiple of 2^-30 and summed in float64, where such sums are exact below 2^23 = 8.4 million (D elements of
+a policy near its samples come to about D): any order, block size or split gives the same bits. The kernels are compiled
+without contraction into fused multiply-adds (``enable_fp_fusion=False``), so element-wise arithmetic agrees as well, with
+each other and with the twins in ``reference``.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+BLOCK = 2048  # elements of one program: a multiple of 4, the size of a noise counter
+NOISE_BLOCK = 1024  # where a program draws noise, whose arithmetic fills the registers
+ROWS, SPLITS = 16, 64  # the tile of partial sums that the second stage holds at a time
+WARPS = 8
+EXACT = {"num_warps": WARPS, "enable_fp_fusion": False}
+
+INTERPRETED = triton.knobs.runtime.interpret
+
+
+@triton.jit
+def model_offset(offset, pixels, CHANNELS: tl.constexpr):
+    """Where element ``offset`` of a row-major latent stands: there, or in channels_last memory where CHANNELS > 0."""
+    if CHANNELS:
+        return (offset % pixels) * CHANNELS + offset // pixels
+    return offset
+
+
+@triton.jit
+def guided_mean(cond, uncond, x_t, a, b, guidance, GUIDED: tl.constexpr):
+    """a x_t + b (u + w (c - u)), float32, from model outputs of any floating dtype."""
+    m = cond.to(tl.float32)
+    if GUIDED:
+        u = uncond.to(tl.float32)
+        m = u + guidance * (m - u)
+    return a * x_t + b * m
+
+
+@triton.jit
+def inverse(sigma):
+    """1 / sigma, correctly rounded; 0 where sigma is 0, so that such a row contributes nothing."""
+    return tl.where(sigma > 0, tl.div_rn(1.0, tl.where(sigma > 0, sigma, 1.0)), 0.0)
+
+
+@triton.jit
+def exact_sum(residual, inverse_sigma, mask):
+    """Sum of (residual / sigma)^2 over a block, float64, the same for every order of the sum (see the module)."""
+    z = residual * inverse_sigma
+    square = (z * z).to(tl.float64)
+    # adding and taking away 1.5 * 2^22 rounds to a multiple of 2^-30 (float64 has 52 bits after the first)
+    return tl.sum(tl.where(mask, (square + 6291456.0) - 6291456.0, 0.0), 0)
+
+
+@triton.jit
+def row_sums(partial_ptr, row, valid, splits, ROWS: tl.constexpr, SPLITS: tl.constexpr):
+    """The second stage: float64 (ROWS,), the sums of partial sums (rows, splits)."""
+    total = tl.zeros((ROWS,), tl.float64)
+    for start in range(0, splits, SPLITS):
+        split = start + tl.arange(0, SPLITS)
+        at = row.to(tl.int64)[:, None] * splits + split[None, :]
+        total += tl.sum(tl.load(partial_ptr + at, valid[:, None] & (split < splits)[None, :], 0.0), 1)
+    return total
+
+
+@triton.jit
+def log_prob_of(total, sigma, size):
+    """log p from the sum of squares, as a mean over the elements; 0 where sigma is 0. In float64 until the end."""
+    scale = tl.where(sigma > 0, sigma, 1.0).to(tl.float64)
+    value = -(total / (2.0 * size) + tl.log(scale) + 0.9189385332046727)  # log(2 pi) / 2
+    return tl.where(sigma > 0, value, 0.0).to(tl.float32)
+
+
+@triton.jit
+def standard_normal(seed, trajectory, step, first, BLOCK: tl.constexpr):
+    """Noise of elements first to first + BLOCK - 1 of one trajectory at one step: the numbers of ``reference.normal``."""
+    counter = first // 4 + tl.arange(0, BLOCK // 4)
+    zero = (counter * 0).to(tl.uint32)
+    step = zero + tl.to_tensor(step).to(tl.uint32)
+    low, high = zero + trajectory.to(tl.uint32), zero + (trajectory >> 32).to(tl.uint32)
+    w0, w1, w2, w3 = tl.philox(seed, counter.to(tl.uint32), step, low, high)
+    n0, n1 = box_muller(w0, w1)
+    n2, n3 = box_muller(w2, w3)
+    return tl.reshape(tl.join(tl.join(n0, n2), tl.join(n1, n3)), (BLOCK,))
+
+
+@triton.jit
+def box_muller(word_a, word_b):
+    u, v = uniform(word_a), uniform(word_b)
+    radius, angle = tl.sqrt_rn(-2.0 * tl.log(u)), 6.283185307179586 * v
+    return radius * tl.cos(angle), radius * tl.sin(angle)
+
+
+@triton.jit
+def uniform(word):
+    """23 bits of a word, in (0, 1), exact in float32."""
+    return ((word >> 9).to(tl.float32) + 0.5) * 1.1920928955078125e-07  # 2^-23
+
+
+def splits_of(size: int, block: int) -> int:
+    """Programs for the elements of one row."""
+    return triton.cdiv(size, block)
+
+
+def rows_contiguous(tensor: torch.Tensor) -> bool:
+    """Whether each row tensor[i] is row-major in memory."""
+    return tensor[0].is_contiguous()
+
+
+def channels_last(tensor: torch.Tensor) -> bool:
+    """Whether each row of (B, C, H, W) is channels_last in memory, and not row-major as well."""
+    return tensor.dim() == 4 and not rows_contiguous(tensor) and tensor[0].movedim(0, -1).is_contiguous()
+
+
+def model_layout(cond: torch.Tensor, uncond: torch.Tensor | None):
+    """The model outputs in a memory layout that the kernels read: both row-major, or both channels_last.
+
+    Returns:
+        cond, uncond, and the number of channels where they are channels_last, else 0.
+    """
+    outputs = [cond] if uncond is None else [cond, uncond]
+    if all(channels_last(output) for output in outputs):
+        return cond, uncond, cond.shape[1]
+    if not all(rows_contiguous(output) for output in outputs):
+        cond, uncond = cond.contiguous(), None if uncond is None else uncond.contiguous()
+    return cond, uncond, 0
+
+
+def check(
+    latents: dict[str, torch.Tensor], outputs: dict[str, torch.Tensor | None], rows: dict[str, torch.Tensor | None]
+) -> None:
+    """Refuses what the kernels would read wrongly.
+
+    Args:
+        latents: float32 (B, ...), all of one shape. outputs: model outputs, of that shape, any one floating dtype, or None.
+        rows: (B,), float32, but ``trajectory`` and ``step`` int64; or None.
+
+    Raises:
+        ValueError: naming the argument, what it is and what it should be.
+    """
+    first = next(iter(latents.values()))
+    if first.dim() < 2 or first.numel() == 0:
+        raise ValueError(f"x_t: shape {tuple(first.shape)}: expected (B, ...) with at least one row and one element")
+    model_dtype = outputs["cond"].dtype
+    for group, dtype in ((latents, torch.float32), (outputs, model_dtype), (rows, torch.float32)):
+        for name, tensor in group.items():
+            if tensor is None:
+                continue
+            wanted = torch.int64 if name in ("trajectory", "step") else dtype
+            shape = first.shape[:1] if group is rows else first.shape
+            if tensor.shape != shape:
+                raise ValueError(f"{name}: shape {tuple(tensor.shape)}: expected {tuple(shape)}")
+            if tensor.dtype != wanted:
+                raise ValueError(f"{name}: dtype {tensor.dtype}: expected {wanted}")
+            if tensor.device != first.device:
+                raise ValueError(f"{name}: on {tensor.device}: expected {first.device}")
+    if not model_dtype.is_floating_point or model_dtype.itemsize > 4:
+        raise ValueError(f"cond: dtype {model_dtype}: expected float32, bfloat16 or float16")
+    if first.device.type != "cuda" and not INTERPRETED:
+        raise ValueError(f"x_t: on {first.device}: the Triton kernels run on a GPU, or anywhere with TRITON_INTERPRET=1")
+
+
+def signed(seed: int) -> int:
+    """A 64-bit seed as the integer type of operator schemas."""
+    return seed - 2**64 if seed >= 2**63 else seed

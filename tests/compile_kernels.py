@@ -1,0 +1,108 @@
+"""Compiles every Triton kernel, as the operators launch it, for sm_80, sm_90 and sm_100, and prints what ptxas says of each.
+
+    python tests/compile_kernels.py        (TRITON_INTERPRET unset; needs no GPU)
+
+The operators are called on CPU tensors; launches are caught and compiled for a target instead, with the specialisation that
+Triton itself derives from the arguments. One JSON line per kernel, variant and target.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from types import SimpleNamespace
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+from fastloop.kernels import policy, transition
+from fastloop.objectives import OBJECTIVES
+
+CAPABILITIES = (80, 90, 100)
+ROWS, SHAPE = 4, (4, 64, 64)
+
+
+def tensors(dtype: torch.dtype, guided: bool, channels_last: bool) -> dict:
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    output = torch.zeros(ROWS, *SHAPE, dtype=dtype).contiguous(memory_format=layout)
+    return dict(
+        cond=output,
+        uncond=output if guided else None,
+        x_t=torch.zeros(ROWS, *SHAPE),
+        x_prev=torch.zeros(ROWS, *SHAPE),
+        row=torch.ones(ROWS),
+        ids=torch.arange(ROWS),
+    )
+
+
+def launch_all() -> None:
+    """Every operator in every variant of its kernels."""
+    transition._initial_noise(7, torch.arange(ROWS), 4 * 64 * 64)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for guided in (True, False):
+            for channels_last in (False, True) if dtype == torch.bfloat16 else (False,):
+                t = tensors(dtype, guided, channels_last)
+                row, ids = t["row"], t["ids"]
+                transition._sample_transition(t["cond"], t["uncond"], t["x_t"], row, row, row, 3.0, 7, ids, 4)
+                step = (t["cond"], t["uncond"], t["x_t"], t["x_prev"], row, row, row, 3.0)
+                for objective in OBJECTIVES:
+                    policy._policy_loss(*step, row, row, 1e-4, objective, 7, ids, ids)
+                policy._policy_loss_backward(row, row, *step)
+
+
+def spilled(ptx: str, capability: int) -> int:
+    """Bytes of registers that ptxas spills."""
+    target = re.search(r"^\.target (\w+)", ptx, re.M).group(1)
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        command = [get_ptxas(capability).path, "-v", f"--gpu-name={target}", "--fmad=false", file.name, "-o", "/dev/null"]
+        said = subprocess.run(command, capture_output=True, text=True).stderr
+    found = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", said)
+    assert found, said
+    return sum(int(stores) + int(loads) for stores, loads in found)
+
+
+def main() -> int:
+    if triton.knobs.runtime.interpret:
+        print("unset TRITON_INTERPRET: interpreted kernels are not compiled", file=sys.stderr)
+        return 2
+    run, seen = JITFunction.run, set()
+    for capability in CAPABILITIES:
+        target = GPUTarget("cuda", capability, 32)
+        driver.set_active(
+            SimpleNamespace(
+                get_current_device=lambda capability=capability: capability,
+                get_current_stream=lambda device: 0,
+                get_current_target=lambda target=target: target,
+            )
+        )
+
+        def compiled(self, *args, grid, warmup, capability=capability, **kwargs):
+            kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+            if (capability, kernel.hash) in seen:
+                return
+            seen.add((capability, kernel.hash))
+            name = self.fn.__name__
+            row = {
+                "kernel": f"{self.fn.__module__.rpartition('.')[2]}.{name}",
+                "capability": capability,
+                "shared_bytes": kernel.metadata.shared,
+                "spilled_bytes": spilled(kernel.asm["ptx"], capability),
+            }
+            print(json.dumps(row), flush=True)
+
+        JITFunction.run = compiled
+        launch_all()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
