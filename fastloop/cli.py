@@ -121,24 +121,33 @@ def _plan(args: argparse.Namespace) -> int:
 
 def _load(args: argparse.Namespace):
     """The configuration and the denoiser of a YAML file (base model) or of a run folder (newest weights)."""
+    from fastloop import kernels
     from fastloop.checkpoints import list_checkpoints, load_checkpoint, load_weights
     from fastloop.config import apply_overrides, parse_config
     from fastloop.denoisers import load_denoiser
-    from fastloop.engines.torch import pick_device
+    from fastloop.plan import check_device
     from fastloop.rundir import read_run_config
+
+    def base():
+        device = check_device(config)
+        denoiser = load_denoiser(config.model, device)
+        kernels.fuse(denoiser.unet, config.kernels, device)
+        return denoiser
 
     path = Path(args.config)
     if not path.is_dir():
         config = load_config(path, args.overrides)
-        return config, lambda: load_denoiser(config.model, pick_device(config.engine.device))
+        check_device(config)
+        return config, base
     values = read_run_config(path).model_dump(mode="json")
     config = parse_config(apply_overrides(values, args.overrides), f"{path / 'config.yaml'}")
+    check_device(config)
     found = list_checkpoints(path / "checkpoints")
     if not found:
         raise UserError(f"{path} has no checkpoint yet: give the config file to use the base model")
 
     def load():
-        denoiser = load_denoiser(config.model, pick_device(config.engine.device))
+        denoiser = base()
         denoiser.train_adapter(gradient_checkpointing=False, seed=config.seed)
         weights, average, state = load_checkpoint(found[-1])
         load_weights(denoiser.trainable(), average or weights)

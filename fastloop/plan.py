@@ -81,17 +81,23 @@ class Checked:
     skeleton: StableDiffusion  # with what is trained, on the meta device
 
 
+def check_device(config: Config) -> torch.device:
+    """The device of a run. Raises ``UserError`` where this machine lacks it, or it cannot run the kernels asked for."""
+    device = pick_device(config.engine.device)
+    try:
+        kernels.choose(config.kernels, device)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    return device
+
+
 def check(config: Config) -> Checked:
     """Everything that can be refused before the model loads.
 
     Raises:
         UserError: whatever in the configuration does not fit the machine, the files or the model.
     """
-    device = pick_device(config.engine.device)
-    try:
-        kernels.choose(config.kernels, device)
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    device = check_device(config)
     tracking_packages(config.tracking.tensorboard, config.tracking.wandb)
     prompts = load_prompts(config.prompts)
     eval_prompts = load_prompts(config.eval.prompts, "eval.prompts")

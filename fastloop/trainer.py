@@ -67,6 +67,7 @@ class Trainer:
 
         self.denoiser = load_denoiser(config.model, self.device)
         self.denoiser.train_adapter(config.memory.gradient_checkpointing, seed=config.seed)
+        kernels.fuse(self.denoiser.unet, config.kernels, self.device)
         if config.kl.weight:
             self.denoiser.keep_reference()
         self.parameters = self.denoiser.trainable()

@@ -1,7 +1,8 @@
 """The operators of the training loop and the one place that chooses their backend.
 
-`fastloop.kernels` holds what fuses the per-step Gaussian: `sample_transition` for rollouts and `policy_loss` for updates.
-``reference`` is plain PyTorch, the specification and the CPU path; ``fused`` is Triton.
+`fastloop.kernels` holds what fuses the per-step Gaussian, `sample_transition` for rollouts and `policy_loss` for updates, and
+what fuses parts of the UNet, `group_norm_silu` and `geglu`. ``reference`` is plain PyTorch, the specification and the path
+without a GPU; ``fused`` is Triton; ``unet`` puts the latter two into a diffusers UNet.
 """
 
 from __future__ import annotations
@@ -61,3 +62,11 @@ def backend(name: str, device: torch.device) -> ModuleType:
     from . import fused  # imports triton
 
     return fused
+
+
+def fuse(unet: torch.nn.Module, name: str, device: torch.device) -> None:
+    """Puts the fused modules into a diffusers UNet where the backend of a device is Triton; raises as `choose`."""
+    if choose(name, device) == "triton":
+        from .unet import fuse_unet
+
+        fuse_unet(unet)

@@ -1,6 +1,8 @@
 """The Triton operators, under the names of their twins in ``reference``."""
 
+from .geglu import geglu
+from .group_norm_silu import group_norm_silu
 from .policy import policy_loss
 from .transition import initial_noise, sample_transition
 
-__all__ = ["initial_noise", "policy_loss", "sample_transition"]
+__all__ = ["geglu", "group_norm_silu", "initial_noise", "policy_loss", "sample_transition"]

@@ -176,3 +176,14 @@ def _mean_square(residual: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
 
 def _expand(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return value.view(-1, *[1] * (like.dim() - 1))
+
+
+def group_norm_silu(x: torch.Tensor, groups: int, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
+    """silu(group_norm(x)) of (N, C, ...), as stock diffusers computes it."""
+    return torch.nn.functional.silu(torch.nn.functional.group_norm(x, groups, weight, bias, eps))
+
+
+def geglu(projected: torch.Tensor) -> torch.Tensor:
+    """hidden * gelu(gate) with (hidden, gate) the halves of the last dimension: (..., 2 I) -> (..., I)."""
+    hidden, gate = projected.chunk(2, dim=-1)
+    return hidden * torch.nn.functional.gelu(gate)

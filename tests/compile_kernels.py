@@ -22,7 +22,7 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from fastloop.kernels import policy, transition
+from fastloop.kernels import geglu, group_norm_silu, policy, transition
 from fastloop.objectives import OBJECTIVES
 
 CAPABILITIES = (80, 90, 100)
@@ -55,6 +55,13 @@ def launch_all() -> None:
                 for objective in OBJECTIVES:
                     policy._policy_loss(*step, row, row, 1e-4, objective, 7, ids, ids)
                 policy._policy_loss_backward(row, row, *step)
+        geglu._geglu_backward(geglu._geglu(torch.zeros(2, 77, 2560, dtype=dtype)), torch.zeros(2, 77, 2560, dtype=dtype))
+        for channels, side in ((320, 64), (1280, 8)):
+            for layout in (torch.contiguous_format, torch.channels_last):
+                x = torch.zeros(2, channels, side, side, dtype=dtype).contiguous(memory_format=layout)
+                weight = torch.ones(channels, dtype=dtype)
+                y, mean, rstd = group_norm_silu._group_norm_silu(x, 32, weight, weight, 1e-5)
+                group_norm_silu._group_norm_silu_backward(y, x, mean, rstd, 32, weight, weight, True)
 
 
 def spilled(ptx: str, capability: int) -> int:
