@@ -82,7 +82,7 @@ def standard_normal(seed, trajectory, step, first, BLOCK: tl.constexpr):
     """Noise of elements first to first + BLOCK - 1 of one trajectory at one step: the numbers of ``reference.normal``."""
     counter = first // 4 + tl.arange(0, BLOCK // 4)
     zero = (counter * 0).to(tl.uint32)
-    step = zero + tl.to_tensor(step).to(tl.uint32)
+    step = zero + step.to(tl.uint32)
     low, high = zero + trajectory.to(tl.uint32), zero + (trajectory >> 32).to(tl.uint32)
     w0, w1, w2, w3 = tl.philox(seed, counter.to(tl.uint32), step, low, high)
     n0, n1 = box_muller(w0, w1)
@@ -93,8 +93,27 @@ def standard_normal(seed, trajectory, step, first, BLOCK: tl.constexpr):
 @triton.jit
 def box_muller(word_a, word_b):
     u, v = uniform(word_a), uniform(word_b)
-    radius, angle = tl.sqrt_rn(-2.0 * tl.log(u)), 6.283185307179586 * v
-    return radius * tl.cos(angle), radius * tl.sin(angle)
+    radius = tl.sqrt_rn(-2.0 * tl.log(u))
+    cosine, sine = cos_sin(6.283185307179586 * v)
+    return radius * cosine, radius * sine
+
+
+@triton.jit
+def cos_sin(angle):
+    """cos and sin of angles in [0, 2 pi], to 1e-7.
+
+    Cephes: the nearest multiple of pi / 2 is taken off in three parts, so that no digits are lost, and the rest goes into
+    polynomials. The libraries' functions hold a path for huge angles that costs registers and is never taken here.
+    """
+    quarter = tl.floor(angle * 0.6366197723675814 + 0.5)
+    x = ((angle - quarter * 1.5703125) - quarter * 4.837512969970703125e-4) - quarter * 7.54978995489188216e-8
+    z = x * x
+    sine = ((-1.9515295891e-4 * z + 8.3321608736e-3) * z - 1.6666654611e-1) * z * x + x
+    cosine = ((2.443315711809948e-5 * z - 1.388731625493765e-3) * z + 4.166664568298827e-2) * z * z - 0.5 * z + 1.0
+    turn = quarter.to(tl.int32) & 3
+    swapped = (turn & 1) == 1
+    first, second = tl.where(swapped, sine, cosine), tl.where(swapped, cosine, sine)
+    return tl.where((turn == 1) | (turn == 2), -first, first), tl.where(turn >= 2, -second, second)
 
 
 @triton.jit
