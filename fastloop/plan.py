@@ -82,8 +82,14 @@ class Checked:
 
 
 def check_device(config: Config) -> torch.device:
-    """The device of a run. Raises ``UserError`` where this machine lacks it, or it cannot run the kernels asked for."""
+    """The device of a run, made the current one of its kind, since Triton launches on that.
+
+    Raises:
+        UserError: this machine lacks it, or it cannot run the kernels asked for.
+    """
     device = pick_device(config.engine.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     try:
         kernels.choose(config.kernels, device)
     except ValueError as error:

@@ -1,25 +1,38 @@
-"""The comparison of recipes runs, is resumable, and its arithmetic is right."""
+"""The comparison of recipes runs, is resumable, and its arithmetic is right; so is the table of the kernels, on a CPU."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import math
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from fastloop.config import dump_config
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.fixture(scope="module")
-def bench():
-    spec = importlib.util.spec_from_file_location("sample_efficiency", ROOT / "bench" / "sample_efficiency.py")
-    module = importlib.util.module_from_spec(spec)
+def script(name: str):
+    """A module of bench/, which is no package."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "bench" / f"{name}.py")
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def bench():
+    return script("sample_efficiency")
+
+
+@pytest.fixture(scope="module")
+def kernel_table():
+    return script("kernel_table")
 
 
 def write_evals(folder: Path, scores: list[float]) -> None:
@@ -62,3 +75,59 @@ def test_different_numbers_of_images_are_refused(bench, make_config, tmp_path, c
     with pytest.raises(SystemExit) as stop:
         bench.main([str(tmp_path / "1.yaml"), str(tmp_path / "2.yaml"), "--out", str(tmp_path / "out")])
     assert stop.value.code == 2 and "different numbers of images" in capsys.readouterr().err
+
+
+# --- the table of the kernels -----------------------------------------------------------------------------------------
+
+no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="what is printed where there is no GPU")
+
+
+def tiny(bench, *operators: str) -> list:
+    cases = [bench.step_case("policy_loss", "tiny", (4, 8, 8), 2), bench.step_case("sample_transition", "SD", (4, 64, 64), 1)]
+    cases += [bench.norm_case("tiny", 32, 4, 1, last=True, trained=True), bench.geglu_case("tiny", 4, 8, 1)]
+    return [case for case in cases if case.operator in operators]
+
+
+@no_gpu
+def test_without_a_gpu_eager_is_timed_against_compile_and_triton_is_not(kernel_table, tmp_path, capsys):
+    if problem := kernel_table.compile_problem(torch.device("cpu")):
+        pytest.skip(problem)
+    out = tmp_path / "results" / "kernels.json"
+    code = kernel_table.main(["--quick", "--out", str(out)], cases=tiny(kernel_table, "policy_loss", "geglu"), seconds=0.01)
+    printed = capsys.readouterr().out
+    assert code == 0 and "Triton was not timed: no GPU here" in printed and "## geglu" in printed
+    summary = json.loads(out.read_text())
+    assert summary["command"] == f"python bench/kernel_table.py --quick --out {out}"
+    assert summary["notes"] == ["Triton was not timed: no GPU here"] and summary["problems"] == []
+    assert summary["machine"]["device"] == "cpu" and summary["versions"]["torch"] == torch.__version__
+    rows = {(row["operator"], row["contender"], row["which"]): row for row in summary["rows"]}
+    names, passes = ("reference", "eager", "compile"), ("forward", "backward", "both")
+    assert rows.keys() == {(o, name, which) for o in ("policy_loss", "geglu") for name in names for which in passes}
+    for row in rows.values():
+        assert all(math.isfinite(row[key]) and row[key] > 0 for key in ("ms", "call_ms", "gb_per_s", "share_of_copy"))
+    row = rows["policy_loss", "eager", "both"]
+    assert row["gb_per_s"] == pytest.approx(28 * 2 * 4 * 8 * 8 / row["ms"] / 1e6)  # 12 bytes forward and 16 backward
+    assert row["share_of_copy"] == pytest.approx(row["gb_per_s"] / summary["copy_gb_per_s"])
+    assert rows["geglu", "eager", "both"]["saved_bytes"] == 2 * 4 * 8  # gelu(gate), bfloat16
+
+
+@no_gpu
+def test_without_a_compiler_the_other_rows_are_there_and_it_is_said(kernel_table, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    out = tmp_path / "kernels.json"
+    cases = tiny(kernel_table, "sample_transition", "group_norm_silu")
+    assert kernel_table.main(["--out", str(out)], cases=cases, seconds=0.001) == 0
+    assert "torch.compile was not timed: it needs a C++ compiler, and no-such-compiler" in capsys.readouterr().out
+    rows = json.loads(out.read_text())["rows"]
+    assert {row["contender"] for row in rows} == {"reference", "eager"} and len(rows) == 2 + 6
+
+
+@no_gpu
+def test_a_contender_that_computes_something_else_is_named_and_not_timed(kernel_table, tmp_path, capsys, monkeypatch):
+    eager = kernel_table.eager_geglu
+    wrong = {"reference": lambda projected: 2 * eager(projected), "eager": eager}
+    monkeypatch.setattr(kernel_table, "contenders", lambda *_: wrong)
+    out = tmp_path / "kernels.json"
+    assert kernel_table.main(["--out", str(out)], cases=tiny(kernel_table, "geglu"), seconds=0.001) == 1
+    assert "reference failed: geglu, tiny 4 x 2*8, batch 1: AssertionError: geglu" in capsys.readouterr().out
+    assert {row["contender"] for row in json.loads(out.read_text())["rows"]} == {"eager"}
