@@ -17,7 +17,7 @@ import triton.language as tl
 
 BLOCK = 2048  # elements of one program: a multiple of 4, the size of a noise counter
 NOISE_BLOCK = 1024  # where a program draws noise, whose arithmetic fills the registers
-ROWS, SPLITS = 16, 64  # the tile of partial sums that the second stage holds at a time
+ROWS, SPLITS = 64, 16  # the tile of partial sums that the second stage holds at a time
 WARPS = 8
 EXACT = {"num_warps": WARPS, "enable_fp_fusion": False}
 FUSION = {"enable_fp_fusion": True}  # where bits need not agree; what Triton does when neither is said changes with 3.10

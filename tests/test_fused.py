@@ -162,7 +162,7 @@ def test_both_kernels_and_the_twin_give_the_same_log_prob_bit_for_bit(shape, dty
     assert torch.equal(reference.policy_loss(**arguments, objective=objective).log_prob, log_prob)
 
 
-@pytest.mark.parametrize("size", [1, 3, 2048, 2049, 2048 * 70 + 5])
+@pytest.mark.parametrize("size", [1, 3, gaussian.BLOCK, gaussian.BLOCK + 1, gaussian.BLOCK * (gaussian.SPLITS + 2) + 5])
 def test_any_number_of_elements_and_more_blocks_than_the_second_stage_holds(size):
     inputs = case((size, 1, 1), rows=2, sigma=0.3)
     x_prev, log_prob = sampled(inputs)
@@ -174,10 +174,10 @@ def test_any_number_of_elements_and_more_blocks_than_the_second_stage_holds(size
 
 
 def test_the_batch_a_pair_falls_in_changes_nothing():
-    inputs = case((4, 32, 33), rows=19)  # more rows than the second stage holds at a time
+    inputs = case((4, 5, 7), rows=gaussian.ROWS + 3)  # more rows than the second stage holds at a time
     arguments = update(inputs)
     terms, grads = gradients(fused, arguments, "clipped")
-    for part in (slice(0, 1), slice(3, 19)):
+    for part in (slice(0, 1), slice(3, 9), slice(5, None)):
         rows = {k: v[part] if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
         some = fused.policy_loss(**rows, objective="clipped")
         assert torch.equal(some.log_prob, terms.log_prob[part]) and torch.equal(some.loss, terms.loss[part])
