@@ -6,6 +6,7 @@ Exit codes: 0 done; 1 the run failed; 2 bad input; 130 and 143 stopped by SIGINT
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 import tempfile
@@ -18,6 +19,8 @@ os.environ.setdefault("HF_HUB_VERBOSITY", "critical")
 
 from fastloop.config import load_config
 from fastloop.errors import RunFailed, UserError
+
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on some CPUs it misses an optional package when imported
 
 
 def main(argv: list[str] | None = None) -> int:

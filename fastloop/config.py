@@ -25,7 +25,8 @@ class Strict(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _no_switch_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
-        if isinstance(value, bool) and cls.model_fields[info.field_name].annotation is not bool:
+        annotation = cls.model_fields[info.field_name].annotation
+        if isinstance(value, bool) and bool not in (annotation, *get_args(annotation)):
             raise ValueError(f"cannot be {str(value).lower()}; YAML also reads yes, no, on and off so: put text in quotes")
         return value
 
@@ -126,7 +127,7 @@ class EmaConfig(Strict):
 
 
 class OptimizerConfig(Strict):
-    name: Literal["adamw"] = "adamw"
+    name: Literal["adamw", "adamw8bit", "paged_adamw8bit", "lion8bit"] = "adamw"
     lr: Annotated[float, Field(gt=0)] = 3e-4
     schedule: Literal["constant", "linear"] = Field(
         "constant", description="linear: falls from lr towards 0 over the iterations"
@@ -144,7 +145,9 @@ class OptimizerConfig(Strict):
 class MemoryConfig(Strict):
     """What bounds memory. None of it changes the mathematics."""
 
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool | list[str] = Field(
+        False, description="recompute activations in the backward: of all blocks, or of those named, such as [up_blocks.3]"
+    )
     rollout_batch: Positive = Field(64, description="trajectories per denoiser call while sampling")
     update_batch: Positive = Field(64, description="(trajectory, timestep) pairs per forward and backward")
     vae_batch: Positive = Field(16, description="images per VAE call")

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from fastloop.kernels import triton_problem
+from fastloop.optimizers import OPTIMIZERS, optimizer_problem
 
 _PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "numpy")
 _OPTIONAL = ("triton", "deepspeed", "bitsandbytes", "xformers", "wandb")
@@ -80,7 +81,7 @@ def capabilities() -> list[tuple[str, str]]:
         ("kernels", "triton" if (problem := triton_problem(device)) is None else f"reference (PyTorch); triton {problem}"),
         ("attention", "sdpa" + ("" if xformers_problem() else ", xformers")),
         ("xformers", xformers_problem() or "works"),
-        ("optimizers", "adamw"),
+        ("optimizers", ", ".join(name for name in OPTIMIZERS if optimizer_problem(name, device) is None)),
         ("engines", "torch"),
     ]
     return rows

@@ -2,18 +2,72 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import importlib.util
+import math
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 
 from fastloop.config import OptimizerConfig
 
+SMALLEST_8BIT = 4096  # bitsandbytes keeps the state of smaller tensors in float32
+BLOCK_8BIT = 256  # elements that share a scale
+
+
+@dataclass(frozen=True)
+class Kind:
+    """An optimizer: its class in torch.optim or bitsandbytes.optim, its state tensors, and where it runs."""
+
+    name: str
+    moments: int
+    eight_bit: bool = False
+    needs_gpu: bool = False
+    has_eps: bool = True
+
+
+OPTIMIZERS = {
+    "adamw": Kind("AdamW", moments=2),
+    "adamw8bit": Kind("AdamW8bit", moments=2, eight_bit=True),
+    "paged_adamw8bit": Kind("PagedAdamW8bit", moments=2, eight_bit=True, needs_gpu=True),
+    "lion8bit": Kind("Lion8bit", moments=1, eight_bit=True, has_eps=False),
+}
+
+
+def optimizer_problem(name: str, device: torch.device) -> str | None:
+    """Why an optimizer cannot be used on a device, with the remedy; ``None`` where it can."""
+    kind = OPTIMIZERS[name]
+    if kind.eight_bit and importlib.util.find_spec("bitsandbytes") is None:
+        return f"{name} needs bitsandbytes: pip install fastloop[bnb], or set it to adamw"
+    if kind.needs_gpu and device.type != "cuda":
+        return f"{name} pages its state between GPU and CPU, and this runs on {device}: set it to adamw8bit"
+    return None
+
 
 def build_optimizer(config: OptimizerConfig, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
     """The optimizer of a configuration over float32 parameters."""
-    kwargs = {"lr": config.lr, "betas": config.betas, "eps": config.eps, "weight_decay": config.weight_decay}
-    return {"adamw": torch.optim.AdamW}[config.name](parameters, **kwargs)
+    kind = OPTIMIZERS[config.name]
+    kwargs = {"lr": config.lr, "betas": config.betas, "weight_decay": config.weight_decay}
+    if kind.has_eps:
+        kwargs["eps"] = config.eps
+    if kind.eight_bit:
+        import bitsandbytes
+
+        return getattr(bitsandbytes.optim, kind.name)(parameters, **kwargs)
+    return getattr(torch.optim, kind.name)(parameters, **kwargs)
+
+
+def state_bytes(name: str, sizes: Iterable[int]) -> int:
+    """Bytes of an optimizer's state over parameters of these numbers of elements."""
+    kind = OPTIMIZERS[name]
+
+    def of(size: int) -> int:
+        if kind.eight_bit and size >= SMALLEST_8BIT:
+            return size + 4 * math.ceil(size / BLOCK_8BIT)
+        return 4 * size
+
+    return kind.moments * sum(map(of, sizes))
 
 
 class Ema:

@@ -14,13 +14,12 @@ from fastloop.denoisers import build_skeleton
 from fastloop.denoisers.sd import DTYPES, StableDiffusion
 from fastloop.engines.torch import pick_device
 from fastloop.errors import UserError
+from fastloop.optimizers import optimizer_problem, state_bytes
 from fastloop.prompts import Prompt, load_prompts
 from fastloop.rewards import Rewards
 from fastloop.rollout import kept_steps, sampler_table, trained_steps
 from fastloop.tracking import tracking_packages
 from fastloop.transitions import TransitionTable
-
-OPTIMIZER_BYTES = {"adamw": 8}  # per trained parameter: two float32 moments
 
 
 def derived_lines(config: Config, steps_trained: torch.Tensor) -> list[str]:
@@ -104,6 +103,8 @@ def check(config: Config) -> Checked:
         UserError: whatever in the configuration does not fit the machine, the files or the model.
     """
     device = check_device(config)
+    if problem := optimizer_problem(config.optimizer.name, device):
+        raise UserError(f"optimizer.name: {problem}")
     tracking_packages(config.tracking.tensorboard, config.tracking.wandb)
     prompts = load_prompts(config.prompts)
     eval_prompts = load_prompts(config.eval.prompts, "eval.prompts")
@@ -142,7 +143,7 @@ def _memory_lines(config: Config, skeleton: StableDiffusion, steps_trained: torc
     parts = {
         "weights": sum(p.numel() * p.element_size() for module in modules for p in module.parameters()),
         "gradients": 4 * trained,
-        "optimizer": OPTIMIZER_BYTES[config.optimizer.name] * trained,
+        "optimizer": state_bytes(config.optimizer.name, (p.numel() for p in skeleton.trainable().values())),
         "moving average": 4 * trained if config.ema.decay else 0,
         "KL reference": 4 * trained if config.kl.weight and config.model.adapter == "full" else 0,
         "trajectories": 4 * (config.sampling.steps + 1) * config.images_per_rollout * math.prod(shape),
@@ -151,6 +152,10 @@ def _memory_lines(config: Config, skeleton: StableDiffusion, steps_trained: torc
     lines += ["memory", *(f"  {name:<26}{_size(size):>12}" for name, size in parts.items() if size)]
     lines.append(f"  {'sum':<26}{_size(sum(parts.values())):>12}")
     lines.append("  not counted: work space of operators, decoding, the allocator's slack, the reward's own model")
+    lines.append("activations by memory.gradient_checkpointing")
+    for choice, switch in (("false", "disable"), ("true", "enable")):
+        getattr(skeleton.unet, f"{switch}_gradient_checkpointing")()
+        lines.append(f"  {choice:<26}{_size(activation_bytes(skeleton, config, batch)):>12}")
     return lines
 
 

@@ -280,7 +280,10 @@ WRONG_VALUES = [
     ("optimizer: {lr: 1e-4x}", "optimizer.lr: input should be a valid number"),
     ("optimizer: {betas: [0.9]}", "optimizer.betas.1: missing"),
     ("optimizer: {betas: [0.9, 1.0]}", "optimizer.betas.1: input should be less than 1"),
-    ("optimizer: {name: sgd}", "optimizer.name: input should be 'adamw', got 'sgd'"),
+    (
+        "optimizer: {name: sgd}",
+        "optimizer.name: input should be 'adamw', 'adamw8bit', 'paged_adamw8bit' or 'lion8bit', got 'sgd'",
+    ),
     ("algorithm: lop", "algorithm: input should be 'loop', 'rloo', 'ppo', 'reinforce' or 'grpo', got 'lop'"),
     ("algorithm: [loop]", "algorithm: input should be 'loop'"),
     ("algorithm: {name: loop}", "algorithm: input should be 'loop'"),

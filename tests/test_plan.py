@@ -38,7 +38,7 @@ def counted(config) -> dict[str, int]:
 def memory(config) -> dict[str, float]:
     """The plan's table of memory, in bytes, as far as its digits say."""
     lines = plan(config)
-    rows = [re.split(r"  +", line.strip()) for line in lines[lines.index("memory") + 1 : -1]]
+    rows = [re.split(r"  +", line.strip()) for line in lines[lines.index("memory") + 1 : -4]]
     return {name: float(size.split()[0]) * SIZES[size.split()[1]] for name, size in rows}
 
 
@@ -95,6 +95,7 @@ CASES = [
     {"sampling": {"height": 24, "width": 8}},
     {"memory": {"gradient_checkpointing": True}},
     {"memory": {"gradient_checkpointing": True}, "model": {"adapter": "full"}},
+    {"memory": {"gradient_checkpointing": ["mid_block", "up_blocks.0.attentions"]}},
 ]
 
 
@@ -108,7 +109,30 @@ def test_activations_are_the_bytes_that_a_real_forward_keeps(make_config, change
 
 def test_gradient_checkpointing_keeps_less(make_config):
     config, less = make_config(), make_config(memory={"gradient_checkpointing": True})
-    assert activation_bytes(check(less).skeleton, less, 4) < activation_bytes(check(config).skeleton, config, 4) / 2
+    some = make_config(memory={"gradient_checkpointing": ["up_blocks"]})
+    kept = [activation_bytes(check(c).skeleton, c, 4) for c in (less, some, config)]
+    assert kept == sorted(kept) and kept[0] < kept[1] < kept[2] and kept[0] < kept[2] / 2
+
+
+@pytest.mark.parametrize("own", [False, True, ["mid_block"]])
+def test_the_plan_says_what_either_choice_of_checkpointing_keeps(make_config, own):
+    """Of one micro-batch, whatever the configuration's own choice."""
+    lines = plan(make_config(memory={"gradient_checkpointing": own}))
+    assert lines[-3] == "activations by memory.gradient_checkpointing"
+    found = dict(re.split(r"  +", line.strip()) for line in lines[-2:])
+    for choice in (False, True):
+        config = make_config(memory={"gradient_checkpointing": choice})
+        size, unit = found[str(choice).lower()].split()
+        exact = activation_bytes(check(config).skeleton, config, 5)
+        assert float(size) * SIZES[unit] == pytest.approx(exact, rel=SHOWN)
+
+
+@pytest.mark.parametrize("name", ["up_blocks.7", "up_block", "conv_in", ""])
+def test_a_block_that_is_not_there_is_refused_with_those_that_are(make_config, name):
+    with pytest.raises(
+        UserError, match=f"^memory.gradient_checkpointing: the UNet has no block '{name}': its blocks are down_b"
+    ):
+        check(make_config(memory={"gradient_checkpointing": ["mid_block", name]}))
 
 
 def test_activations_do_not_count_what_attention_operators_do_not_keep(make_config):

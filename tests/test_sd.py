@@ -720,6 +720,19 @@ def test_gradient_checkpointing_computes_again_and_gives_the_same_gradients(tiny
     assert any(grad.any() for grad in grads.values())
 
 
+def test_checkpointing_of_some_blocks_computes_those_again_and_gives_the_same_gradients(tiny_sd) -> None:
+    found = []
+    for chosen in (False, ["up_blocks.0", "mid_block.attentions"]):
+        denoiser = trainable(tiny_sd, chosen)
+        change(denoiser, size=0.05)
+        names = ("mid_block.attentions.0.transformer_blocks.0", "up_blocks.0.resnets.1", "up_blocks.1.resnets.0")
+        counts = [count_calls(denoiser.unet.get_submodule(name)) for name in names]
+        loss(denoiser).backward()
+        assert [len(calls) for calls in counts] == ([2, 2, 1] if chosen else [1, 1, 1])
+        found.append(gradients(denoiser))
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
 @pytest.mark.parametrize("adapter", ["lora", "full"])
 def test_there_is_no_dropout_in_training_even_with_gradient_checkpointing(copy, adapter: str) -> None:
     edit_json(copy / "unet" / "config.json", dropout=0.5)

@@ -135,8 +135,12 @@ class StableDiffusion:
             module.requires_grad_(False).to(device).eval()  # eval: no dropout, so that ratios start at 1
         unet.to(memory_format=torch.channels_last)
 
-    def train_adapter(self, gradient_checkpointing: bool, seed: int) -> None:
-        """Makes trainable what the configuration says, and sets the attention backend."""
+    def train_adapter(self, gradient_checkpointing: bool | list[str], seed: int) -> None:
+        """Makes trainable what the configuration says, and sets the attention backend.
+
+        Raises:
+            UserError: LoRA targets, or blocks to checkpoint, that the UNet does not have.
+        """
         if self.config.attention == "xformers":
             self.unet.enable_xformers_memory_efficient_attention()
         if self.config.adapter == "lora":
@@ -147,6 +151,20 @@ class StableDiffusion:
             self.unet.float().requires_grad_(True)
         if gradient_checkpointing:
             self.unet.enable_gradient_checkpointing()
+        if isinstance(gradient_checkpointing, list):
+            self._checkpoint_only(gradient_checkpointing)
+
+    def _checkpoint_only(self, chosen: list[str]) -> None:
+        """Leaves gradient checkpointing on in the blocks named, and in what is inside them."""
+        blocks = {name: m for name, m in self.unet.named_modules() if name and hasattr(m, "gradient_checkpointing")}
+        for name in chosen:
+            if not any(f"{block}.".startswith(f"{name}.") for block in blocks):
+                outer = [block for block in blocks if block.count(".") <= 1]
+                raise UserError(
+                    f"memory.gradient_checkpointing: the UNet has no block {name!r}: its blocks are {', '.join(outer)}"
+                )
+        for block, module in blocks.items():
+            module.gradient_checkpointing = any(f"{block}.".startswith(f"{name}.") for name in chosen)
 
     def keep_reference(self) -> None:
         """Freezes a copy of the weights for the KL; LoRA needs none, its adapter is switched off."""
