@@ -9,7 +9,7 @@ EXTRAS = {
     "bnb": ["bitsandbytes>=0.48"],
     "xformers": ["xformers>=0.0.30"],
     "wandb": ["wandb>=0.18"],
-    "test": ["bitsandbytes>=0.48", "pytest>=8", "pytest-benchmark>=5", "pytest-timeout>=2.3", "ruff>=0.9"],
+    "test": ["bitsandbytes>=0.48", "deepspeed>=0.18", "pytest>=8", "pytest-benchmark>=5", "pytest-timeout>=2.3", "ruff>=0.9"],
 }
 
 setup(

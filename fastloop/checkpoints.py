@@ -3,12 +3,14 @@
 checkpoints/iteration-000010/weights.safetensors   the trained weights
                              ema.safetensors       their moving average, where there is one
                              state.pt              optimizer, tracker, counters, RNG (tensors and plain values only)
+                             deepspeed/            with engine.name=deepspeed: each rank's part of the optimizer
 """
 
 from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fastloop.errors import UserError
+from fastloop.ranks import ALONE, Ranks
 
 _PREFIX = "iteration-"
 
@@ -27,29 +30,50 @@ def save_checkpoint(
     ema: dict[str, torch.Tensor] | None,
     state: dict[str, Any],
     keep: int,
+    ranks: Ranks = ALONE,
+    save_engine: Callable[[Path], Any] | None = None,
 ) -> Path:
-    """Writes ``folder/iteration-NNNNNN`` (temporary folder, fsync, rename) and removes all but the ``keep`` newest."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Writes ``folder/iteration-NNNNNN`` (temporary folder, fsync, rename) and removes all but the ``keep`` newest.
+
+    All ranks call it. Each writes its part by ``save_engine(folder)``, whose result becomes ``state["engine"]``; the main rank
+    writes the rest.
+    """
     final = folder / f"{_PREFIX}{iteration:06d}"
-    if final.exists():  # the same iteration again, after a resume: same content
-        return final
-    temporary = folder / f".writing-{iteration}-{os.getpid()}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
+    temporary = folder / f".writing-{iteration}-{ranks.from_main(os.getpid)}"
+
+    def begin() -> bool:
+        folder.mkdir(parents=True, exist_ok=True)
+        if final.exists():  # the same iteration again, after a resume: same content
+            return False
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        return True
+
+    if ranks.from_main(begin):
+        if save_engine is not None:
+            state = {**state, "engine": save_engine(temporary)}
+        ranks.wait()
+        if ranks.main:
+            _finish(temporary, final, weights, ema, state, keep)
+    ranks.wait()
+    return final
+
+
+def _finish(temporary: Path, final: Path, weights, ema, state, keep: int) -> None:
+    """The main rank's part, once every rank has written its own."""
     for name, tensors in (("weights", weights), ("ema", ema)):
         if tensors is not None:
             tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
             save_file(tensors, temporary / f"{name}.safetensors")
     torch.save(state, temporary / "state.pt")
-    for path in (*temporary.iterdir(), temporary):
+    for path in (*temporary.rglob("*"), temporary):
         _sync(path)
     os.replace(temporary, final)
-    _sync(folder)
-    for old in list_checkpoints(folder)[:-keep]:
-        leaving = folder / f".writing-old-{old.name}"  # never half of one under its name
+    _sync(final.parent)
+    for old in list_checkpoints(final.parent)[:-keep]:
+        leaving = old.with_name(f".writing-old-{old.name}")  # never half of one under its name
         os.replace(old, leaving)
         shutil.rmtree(leaving)
-    return final
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

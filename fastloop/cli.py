@@ -88,21 +88,33 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train(args: argparse.Namespace) -> int:
+    from fastloop.ranks import Ranks
+
+    with Ranks.join() as ranks:
+        return _train_on(ranks, args)
+
+
+def _train_on(ranks, args: argparse.Namespace) -> int:
     from fastloop.plan import derived_lines
     from fastloop.tracking import read_rows
     from fastloop.trainer import Stopped, Trainer
 
     config = load_config(args.config, args.overrides)
-    trainer = Trainer(config, args.resume)
-    for line in derived_lines(config, trainer.steps_trained):
-        print(line)
-    if trainer.iteration:
-        print(f"resuming after iteration {trainer.iteration}")
+    trainer = Trainer(config, args.resume, ranks)
+    if ranks.main:
+        print("\n".join(derived_lines(config, trainer.steps_trained, ranks.world)))
+        if trainer.iteration:
+            print(f"resuming after iteration {trainer.iteration}")
+        if trainer.not_carried_over:
+            print(f"  not carried over: {trainer.not_carried_over}; the weights and all else are")
     try:
         folder = trainer.train()
     except Stopped as stop:
-        print(f"{stop}; --resume goes on from {trainer.folder}")
+        if ranks.main:
+            print(f"{stop}; --resume goes on from {trainer.folder}")
         return 130 if stop.signal_name == "SIGINT" else 143
+    if not ranks.main:
+        return 0
     scores = [row["score"] for row in read_rows(folder / "eval.jsonl")]
     first, last = scores[0], scores[-1]
     print(

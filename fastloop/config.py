@@ -127,7 +127,7 @@ class EmaConfig(Strict):
 
 
 class OptimizerConfig(Strict):
-    name: Literal["adamw", "adamw8bit", "paged_adamw8bit", "lion8bit"] = "adamw"
+    name: Literal["adamw", "adamw8bit", "paged_adamw8bit", "lion8bit", "cpu_adamw"] = "adamw"
     lr: Annotated[float, Field(gt=0)] = 3e-4
     schedule: Literal["constant", "linear"] = Field(
         "constant", description="linear: falls from lr towards 0 over the iterations"
@@ -154,8 +154,17 @@ class MemoryConfig(Strict):
 
 
 class EngineConfig(Strict):
-    name: Literal["torch"] = "torch"
+    """Who accumulates gradients and steps. All but `name` and `device` are DeepSpeed's."""
+
+    name: Literal["torch", "deepspeed"] = "torch"
     device: str = Field("auto", description="auto, cpu, cuda, cuda:N")
+    zero_stage: Literal[0, 1, 2, 3] | None = Field(None, description="what the ranks share out; default with deepspeed: 2")
+    offload_optimizer: bool = Field(False, description="optimizer and master weights in the CPU's memory; with cpu_adamw")
+    offload_parameters: bool = Field(False, description="weights too; ZeRO 3")
+    rollout_parameters: Literal["gathered", "layerwise"] | None = Field(
+        None, description="ZeRO 3: whole during a rollout (the default), or a layer at a time"
+    )
+    deepspeed_config: str | None = Field(None, description="a DeepSpeed JSON of your own, merged with what is derived")
 
 
 class TrackingConfig(Strict):
@@ -216,7 +225,7 @@ class Config(Strict):
     @model_validator(mode="before")
     @classmethod
     def _fill_defaults(cls, values: Any) -> Any:
-        """Fills what other keys decide and the file leaves open: what the algorithm brings, the held-out prompts."""
+        """Fills what other keys decide and the file leaves open: what the algorithm brings, held-out prompts, ZeRO."""
         if not isinstance(values, dict):
             return values
         evaluation = values.get("eval", {})
@@ -226,6 +235,12 @@ class Config(Strict):
             source = prompts.get("source", "shapes_train") if isinstance(prompts, dict) else "shapes_train"
             source = "shapes_heldout" if source == "shapes_train" else source
             values = {**values, "eval": {**evaluation, "prompts": {**held_out, "source": source}}}
+        engine = values.get("engine")
+        if isinstance(engine, dict) and engine.get("name") == "deepspeed":
+            engine = {**engine, "zero_stage": 2 if engine.get("zero_stage") is None else engine["zero_stage"]}
+            if engine["zero_stage"] == 3 and engine.get("rollout_parameters") is None:
+                engine["rollout_parameters"] = "gathered"
+            values = {**values, "engine": engine}
         name = values.get("algorithm", "loop")
         if not isinstance(name, str) or name not in ALGORITHMS:
             return values
@@ -261,7 +276,43 @@ class Config(Strict):
                 "passes_per_rollout: the score function has no importance ratio, so a second pass over the same "
                 "trajectories is biased: set 1, or choose algorithm=loop"
             )
+        if problem := self._engine_problem():
+            raise ValueError(problem)
         return self
+
+    def _engine_problem(self) -> str | None:
+        """What of the engine, the optimizer and the rest does not go together, by the table in docs/multi_gpu.md."""
+        engine, optimizer = self.engine, self.optimizer.name
+        if engine.name == "torch":
+            for key in ("zero_stage", "offload_optimizer", "offload_parameters", "rollout_parameters", "deepspeed_config"):
+                if getattr(engine, key) not in (None, False):
+                    return f"engine.{key}: only DeepSpeed has it: set engine.name=deepspeed, or leave it out"
+            if optimizer == "cpu_adamw":
+                return "optimizer.name: cpu_adamw is for engine.name=deepspeed engine.offload_optimizer=true: set it to adamw"
+            return None
+        stage = engine.zero_stage
+        if engine.offload_optimizer and stage == 0:
+            return "engine.offload_optimizer: engine.zero_stage=0 keeps the optimizer on the device: set it to 1, 2 or 3"
+        if engine.offload_optimizer and optimizer != "cpu_adamw":
+            return (
+                f"optimizer.name: {optimizer} does not step in the CPU's memory, as engine.offload_optimizer=true wants: "
+                "set it to cpu_adamw"
+            )
+        if optimizer == "cpu_adamw" and not engine.offload_optimizer:
+            return "optimizer.name: cpu_adamw steps in the CPU's memory: set engine.offload_optimizer=true, or adamw"
+        if engine.offload_parameters and stage != 3:
+            return f"engine.offload_parameters: engine.zero_stage={stage} keeps the weights on every device: set zero_stage=3"
+        if engine.offload_parameters and not engine.offload_optimizer:
+            return "engine.offload_parameters: the optimizer goes first: set engine.offload_optimizer=true and cpu_adamw"
+        if engine.rollout_parameters is not None and stage != 3:
+            return f"engine.rollout_parameters: with engine.zero_stage={stage} the weights are always whole: leave it out"
+        if stage == 3 and self.kl.weight and self.model.adapter == "full":
+            return (
+                "kl.weight: a full fine-tune's frozen copy is not shared out: set engine.zero_stage=2, or model.adapter=lora"
+            )
+        if stage == 3 and self.ema.decay and engine.rollout_parameters == "layerwise":
+            return "ema.decay: the average is put in for evaluation as a whole: set engine.rollout_parameters=gathered"
+        return None
 
     @property
     def images_per_rollout(self) -> int:

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from fastloop.config import Config
 from fastloop.prompts import Prompt
+from fastloop.ranks import ALONE, Ranks
 from fastloop.rewards import Rewards
-from fastloop.rollout import rollout, sampler_table
+from fastloop.rollout import gather_scores, sampler_table, scored_rollout
 
 EVAL_STREAM = 1 << 32  # training seeds have 32 bits: no evaluation shares its noise with training
 
@@ -73,9 +73,12 @@ def evaluate(
     config: Config,
     prompts: list[Prompt],
     rewards: Rewards,
-    on_step: Callable[[int], None] = lambda trajectories: None,
+    ranks: Ranks = ALONE,
+    leave: Callable[[], None] = lambda: None,
 ) -> Evaluation:
     """Samples ``eval.images_per_prompt`` images of each prompt, on noise that ``eval.seed`` alone decides, and scores.
+
+    All ranks call it and get the whole. ``leave`` is as for `scored_rollout`.
 
     Raises:
         RunFailed: a reward failed.
@@ -83,28 +86,25 @@ def evaluate(
     m = config.eval.images_per_prompt
     repeated = [prompt for prompt in prompts for _ in range(m)]
     table = sampler_table(config.model, config.sampling, config.eval.steps)
-    with tqdm(total=len(repeated) * len(table), desc="  evaluation", leave=False, disable=None) as bar:
-
-        def advance(n: int) -> None:
-            bar.update(n)
-            on_step(n)
-
-        sampled = rollout(
-            denoiser,
-            table,
-            [prompt.text for prompt in repeated],
-            torch.arange(len(repeated)),
-            sampling=config.sampling,
-            seed=EVAL_STREAM | config.eval.seed,
-            batch=config.memory.rollout_batch,
-            vae_batch=config.memory.vae_batch,
-            backend=config.kernels,
-            keep_latents=False,
-            on_images=lambda start, images: rewards.submit(images, repeated[start : start + len(images)]),
-            on_step=advance,
-        )
-    scores = rewards.gather()
+    sampled = scored_rollout(
+        denoiser,
+        table,
+        repeated,
+        torch.arange(len(repeated)),
+        rewards,
+        ranks,
+        title="  evaluation",
+        leave=leave,
+        sampling=config.sampling,
+        seed=EVAL_STREAM | config.eval.seed,
+        batch=config.memory.rollout_batch,
+        vae_batch=config.memory.vae_batch,
+        backend=config.kernels,
+        keep_latents=False,
+    )
+    scores = gather_scores(rewards, ranks, len(repeated))
+    images = ranks.whole(sampled.images[: len(ranks.share(len(repeated)))], len(repeated))
     shape = (len(prompts), m)
     terms = {name: values.reshape(shape) for name, values in scores.terms.items()}
-    images = sampled.images.reshape(*shape, *sampled.images.shape[1:])
+    images = images.reshape(*shape, *images.shape[1:])
     return Evaluation(prompts, scores.total.reshape(shape), terms, images)

@@ -82,6 +82,6 @@ def capabilities() -> list[tuple[str, str]]:
         ("attention", "sdpa" + ("" if xformers_problem() else ", xformers")),
         ("xformers", xformers_problem() or "works"),
         ("optimizers", ", ".join(name for name in OPTIMIZERS if optimizer_problem(name, device) is None)),
-        ("engines", "torch"),
+        ("engines", "torch" + (", deepspeed" if version_of("deepspeed") else "")),
     ]
     return rows

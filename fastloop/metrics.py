@@ -23,11 +23,11 @@ def reward_metrics(rewards: torch.Tensor, scores: Scores, prompts: list[Prompt])
     return metrics
 
 
-def image_metrics(images: np.ndarray) -> dict[str, float]:
-    """Of uint8 pictures (N, height, width, 3): signs of collapse.
+def image_statistics(images: np.ndarray) -> dict[str, np.ndarray]:
+    """Of uint8 pictures (N, height, width, 3), signs of collapse, float64 (N,); a run's metrics are their means.
 
     ``image/saturation`` is the share of values at 0 or 255; ``image/entropy`` the Shannon entropy in bits of a
-    picture's brightness levels (0 for a flat picture, at most 8), averaged over the pictures.
+    picture's brightness levels (0 for a flat picture, at most 8).
     """
     luma = (images @ np.array([0.299, 0.587, 0.114], np.float32)).astype(np.uint8)
     entropies = []
@@ -36,6 +36,6 @@ def image_metrics(images: np.ndarray) -> dict[str, float]:
         share = share[share > 0]
         entropies.append(-(share * np.log2(share)).sum())
     return {
-        "image/saturation": float(((images == 0) | (images == 255)).mean()),
-        "image/entropy": float(np.mean(entropies)),
+        "image/saturation": ((images == 0) | (images == 255)).mean((1, 2, 3)),
+        "image/entropy": np.array(entropies, np.float64),
     }

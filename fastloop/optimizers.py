@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,13 +19,14 @@ BLOCK_8BIT = 256  # elements that share a scale
 
 @dataclass(frozen=True)
 class Kind:
-    """An optimizer: its class in torch.optim or bitsandbytes.optim, its state tensors, and where it runs."""
+    """An optimizer: its class, its state tensors, and where it runs. 8-bit ones are bitsandbytes', others torch's."""
 
     name: str
     moments: int
     eight_bit: bool = False
     needs_gpu: bool = False
     has_eps: bool = True
+    deepspeed: bool = False  # DeepSpeed's, which compiles it when it is first used
 
 
 OPTIMIZERS = {
@@ -32,6 +34,7 @@ OPTIMIZERS = {
     "adamw8bit": Kind("AdamW8bit", moments=2, eight_bit=True),
     "paged_adamw8bit": Kind("PagedAdamW8bit", moments=2, eight_bit=True, needs_gpu=True),
     "lion8bit": Kind("Lion8bit", moments=1, eight_bit=True, has_eps=False),
+    "cpu_adamw": Kind("DeepSpeedCPUAdam", moments=2, deepspeed=True),
 }
 
 
@@ -40,6 +43,10 @@ def optimizer_problem(name: str, device: torch.device) -> str | None:
     kind = OPTIMIZERS[name]
     if kind.eight_bit and importlib.util.find_spec("bitsandbytes") is None:
         return f"{name} needs bitsandbytes: pip install fastloop[bnb], or set it to adamw"
+    if kind.deepspeed and importlib.util.find_spec("deepspeed") is None:
+        return f"{name} needs DeepSpeed: pip install fastloop[deepspeed], or set it to adamw"
+    if kind.deepspeed and shutil.which("g++") is None and shutil.which("c++") is None:
+        return f"{name} is compiled when it is first used, and there is no C++ compiler here: install g++, or set it to adamw"
     if kind.needs_gpu and device.type != "cuda":
         return f"{name} pages its state between GPU and CPU, and this runs on {device}: set it to adamw8bit"
     return None
@@ -55,6 +62,10 @@ def build_optimizer(config: OptimizerConfig, parameters: list[torch.nn.Parameter
         import bitsandbytes
 
         return getattr(bitsandbytes.optim, kind.name)(parameters, **kwargs)
+    if kind.deepspeed:
+        import deepspeed
+
+        return getattr(deepspeed.ops.adam, kind.name)(parameters, **kwargs)
     return getattr(torch.optim, kind.name)(parameters, **kwargs)
 
 
@@ -71,25 +82,32 @@ def state_bytes(name: str, sizes: Iterable[int]) -> int:
 
 
 class Ema:
-    """Exponential moving average of named parameters: average += (1 - decay) (parameter - average)."""
+    """Exponential moving average of named parameters, float32: average += (1 - decay) (parameter - average)."""
 
     def __init__(self, parameters: dict[str, torch.nn.Parameter], decay: float) -> None:
         self.parameters, self.decay = parameters, decay
-        self.average = {name: p.detach().clone() for name, p in parameters.items()}
+        self.average = {name: p.detach().float().clone() for name, p in parameters.items()}
 
     @torch.no_grad()
     def update(self) -> None:
         for name, p in self.parameters.items():
-            self.average[name].lerp_(p, 1 - self.decay)
+            self.average[name].lerp_(p.float(), 1 - self.decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Within it the parameters hold their average."""
-        trained = {name: p.data for name, p in self.parameters.items()}
-        for name, p in self.parameters.items():
-            p.data = self.average[name]
-        try:
+        with holding(self.parameters, {name: self.average[name].to(p.dtype) for name, p in self.parameters.items()}):
             yield
-        finally:
-            for name, p in self.parameters.items():
-                p.data = trained[name]
+
+
+@contextmanager
+def holding(parameters: dict[str, torch.nn.Parameter], values: dict[str, torch.Tensor]) -> Iterator[None]:
+    """Within it the parameters hold other values."""
+    before = {name: p.data for name, p in parameters.items()}
+    for name, p in parameters.items():
+        p.data = values[name]
+    try:
+        yield
+    finally:
+        for name, p in parameters.items():
+            p.data = before[name]

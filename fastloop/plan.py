@@ -12,23 +12,25 @@ from fastloop import kernels
 from fastloop.config import Config
 from fastloop.denoisers import build_skeleton
 from fastloop.denoisers.sd import DTYPES, StableDiffusion
+from fastloop.engines.deepspeed import deepspeed_problem, deepspeed_settings
 from fastloop.engines.torch import pick_device
 from fastloop.errors import UserError
 from fastloop.optimizers import optimizer_problem, state_bytes
 from fastloop.prompts import Prompt, load_prompts
+from fastloop.ranks import ALONE, Ranks
 from fastloop.rewards import Rewards
 from fastloop.rollout import kept_steps, sampler_table, trained_steps
 from fastloop.tracking import tracking_packages
 from fastloop.transitions import TransitionTable
 
 
-def derived_lines(config: Config, steps_trained: torch.Tensor) -> list[str]:
-    """The arithmetic of an iteration, as the trainer runs it."""
+def derived_lines(config: Config, steps_trained: torch.Tensor, world: int = 1) -> list[str]:
+    """The arithmetic of an iteration, as the trainer runs it on so many ranks."""
     n, kept = config.images_per_rollout, kept_steps(steps_trained, config.timestep_fraction)
     pairs = n * kept
     per_pass = config.updates_per_rollout // config.passes_per_rollout
     per_update = sorted({len(part) for part in torch.arange(pairs).tensor_split(per_pass)})
-    micro = math.ceil(per_update[-1] / config.memory.update_batch)
+    micro = math.ceil(per_update[-1] / (world * config.memory.update_batch))
     branches = 1 if config.sampling.guidance_scale == 1 else 2
     rollout_forwards = branches * config.sampling.steps
     update_forwards = branches * kept * config.passes_per_rollout
@@ -45,6 +47,12 @@ def derived_lines(config: Config, steps_trained: torch.Tensor) -> list[str]:
         f"in all       {config.iterations} iterations, {config.iterations * n:,} images, "
         f"{config.iterations * config.updates_per_rollout:,} optimizer steps",
     ]
+
+
+def largest_update(config: Config, steps_trained: torch.Tensor) -> int:
+    """(trajectory, timestep) pairs of the largest update."""
+    pairs = config.images_per_rollout * kept_steps(steps_trained, config.timestep_fraction)
+    return -(-pairs * config.passes_per_rollout // config.updates_per_rollout)
 
 
 def plan(config: Config) -> list[str]:
@@ -80,13 +88,13 @@ class Checked:
     skeleton: StableDiffusion  # with what is trained, on the meta device
 
 
-def check_device(config: Config) -> torch.device:
+def check_device(config: Config, local_rank: int = 0) -> torch.device:
     """The device of a run, made the current one of its kind, since Triton launches on that.
 
     Raises:
         UserError: this machine lacks it, or it cannot run the kernels asked for.
     """
-    device = pick_device(config.engine.device)
+    device = pick_device(config.engine.device, local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     try:
@@ -96,13 +104,19 @@ def check_device(config: Config) -> torch.device:
     return device
 
 
-def check(config: Config) -> Checked:
+def check(config: Config, ranks: Ranks = ALONE) -> Checked:
     """Everything that can be refused before the model loads.
 
     Raises:
-        UserError: whatever in the configuration does not fit the machine, the files or the model.
+        UserError: whatever in the configuration does not fit the machine, the ranks, the files or the model.
     """
-    device = check_device(config)
+    if ranks.world > 1 and config.engine.name == "torch":
+        raise UserError(f"engine.name: torch is for one process, the launcher started {ranks.world}: set it to deepspeed")
+    if ranks.world > 1 and ":" in config.engine.device:
+        raise UserError(f"engine.device: {config.engine.device} for {ranks.world} processes: set auto, one GPU for each")
+    device = check_device(config, ranks.local_rank)
+    if config.engine.name == "deepspeed" and (problem := deepspeed_problem(config, device)):
+        raise UserError(problem)
     if problem := optimizer_problem(config.optimizer.name, device):
         raise UserError(f"optimizer.name: {problem}")
     tracking_packages(config.tracking.tensorboard, config.tracking.wandb)
@@ -115,6 +129,8 @@ def check(config: Config) -> Checked:
     skeleton = build_skeleton(config.model)
     size = skeleton.image_size(config.sampling)
     skeleton.train_adapter(config.memory.gradient_checkpointing, seed=config.seed)
+    if config.engine.name == "deepspeed":
+        deepspeed_settings(config, ranks.world, largest_update(config, steps_trained), 1)
     own = config.eval.rewards
     return Checked(
         device=device,
@@ -137,8 +153,7 @@ def _memory_lines(config: Config, skeleton: StableDiffusion, steps_trained: torc
         lines.append(f"  {name:<14}{sum(p.numel() for p in module.parameters()) - added:>15,}")
     lines.append(f"  {'trained':<14}{trained:>15,}")
     shape = skeleton.latent_shape(config.sampling.height, config.sampling.width)
-    pairs = config.images_per_rollout * kept_steps(steps_trained, config.timestep_fraction)
-    batch = min(config.memory.update_batch, -(-pairs * config.passes_per_rollout // config.updates_per_rollout))
+    batch = min(config.memory.update_batch, largest_update(config, steps_trained))
     modules = (skeleton.unet, skeleton.text_encoder, skeleton.vae)
     parts = {
         "weights": sum(p.numel() * p.element_size() for module in modules for p in module.parameters()),

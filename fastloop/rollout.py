@@ -7,11 +7,15 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from fastloop import kernels
 from fastloop.config import Config, ModelConfig, SamplingConfig
 from fastloop.denoisers import family, read_json, resolve_path
 from fastloop.errors import UserError
+from fastloop.prompts import Prompt
+from fastloop.ranks import Ranks
+from fastloop.rewards import Rewards, Scores
 from fastloop.transitions import TransitionTable, transition_table
 
 
@@ -82,6 +86,58 @@ def rollout(
         images.append(denoiser.decode(x, vae_batch))
         on_images(start, images[-1])
     return Trajectories(latents, log_probs, prompts, ids, np.concatenate(images))
+
+
+def scored_rollout(
+    denoiser,
+    table: TransitionTable,
+    prompts: list[Prompt],
+    ids: torch.Tensor,
+    rewards: Rewards,
+    ranks: Ranks,
+    *,
+    title: str,
+    leave: Callable[[], None],
+    **settings,
+) -> Trajectories:
+    """This rank's share of the trajectories of prompts and numbers; each batch is scored while the next one is sampled.
+
+    All ranks call the UNet equally often, as ZeRO 3 needs: a rank with one trajectory less draws its last one twice, and
+    only its latents count twice, nothing else (see `Ranks.padded`). `gather_scores` waits for the rewards.
+
+    Args:
+        title: of the progress bar. leave: raises where the run is to be left; called after each step of a single process,
+            and after each batch of several. settings: as for `rollout`.
+    """
+    own, mine = ranks.padded(len(prompts)), len(ranks.share(len(prompts)))
+    with tqdm(total=len(own) * len(table), desc=title, leave=False, disable=None if ranks.main else True) as bar:
+
+        def on_step(n: int) -> None:
+            bar.update(n)
+            if ranks.world == 1:
+                leave()
+
+        def on_images(start: int, images: np.ndarray) -> None:
+            if ranks.world > 1:
+                leave()
+            scored = range(start, min(start + len(images), mine))
+            if scored:
+                rewards.submit(images[: len(scored)], [prompts[own[i]] for i in scored])
+
+        return rollout(
+            denoiser,
+            table,
+            [prompts[i].text for i in own],
+            ids[own],
+            on_images=on_images,
+            on_step=on_step,
+            **settings,
+        )
+
+
+def gather_scores(rewards: Rewards, ranks: Ranks, n: int) -> Scores:
+    """The rewards of all n trajectories, on every rank; waits for them. Raises ``RunFailed`` as `Rewards.gather`."""
+    return rewards.total({name: ranks.whole(values, n) for name, values in rewards.gather().terms.items()})
 
 
 def sampler_table(model: ModelConfig, sampling: SamplingConfig, steps: int | None = None) -> TransitionTable:

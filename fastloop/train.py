@@ -1,7 +1,8 @@
-"""Entry of ``python fastloop/train.py --config CONFIG [key=value ...]``, as launchers want it: `fastloop train`."""
+"""Entry of ``deepspeed fastloop/train.py --config CONFIG [key=value ...]``, as launchers want it: `fastloop train`."""
 
 from __future__ import annotations
 
+import argparse
 import sys
 
 from fastloop import cli
@@ -13,6 +14,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = cli.Parser(prog="fastloop/train.py", description=__doc__)
     parser.add_argument("--config", required=True, help="YAML file, such as configs/shapes_loop.yaml")
     parser.add_argument("--resume", action="store_true", help="go on with the run in output_dir, or start it")
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # of deepspeed's launcher, which also sets LOCAL_RANK
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="such as sampling.steps=20")
     try:
         args = parser.parse_intermixed_args(argv)

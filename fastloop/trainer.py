@@ -25,18 +25,20 @@ from fastloop.advantages import ADVANTAGES, PromptTracker, finish
 from fastloop.checkpoints import load_checkpoint, load_weights, save_checkpoint
 from fastloop.config import Config
 from fastloop.denoisers import load_denoiser
+from fastloop.engines.deepspeed import DeepSpeedEngine
 from fastloop.engines.torch import TorchEngine
-from fastloop.errors import RunFailed
+from fastloop.errors import RunFailed, UserError
 from fastloop.evaluation import Evaluation, evaluate
 from fastloop.kernels.reference import STATISTICS, transition_mean
 from fastloop.machine import describe_machine
-from fastloop.metrics import image_metrics, reward_metrics
+from fastloop.metrics import image_statistics, reward_metrics
 from fastloop.objectives import gaussian_kl
-from fastloop.optimizers import Ema
-from fastloop.plan import check
+from fastloop.optimizers import Ema, holding
+from fastloop.plan import check, largest_update
 from fastloop.prompts import PromptStream
+from fastloop.ranks import ALONE, Ranks
 from fastloop.report import write_report
-from fastloop.rollout import Trajectories, kept_steps, rollout
+from fastloop.rollout import Trajectories, gather_scores, kept_steps, scored_rollout
 from fastloop.rundir import claim_run_dir, write_run
 from fastloop.tracking import Tracker, before_after_grid, image_grid, read_rows
 from fastloop.transitions import TransitionTable
@@ -54,16 +56,22 @@ class Stopped(Exception):
 
 
 class Trainer:
-    """One run of one configuration in one folder. Everything that can be refused is refused before the model loads."""
+    """One run of one configuration in one folder. Everything that can be refused is refused before the model loads.
 
-    def __init__(self, config: Config, resume: bool = False) -> None:
+    On several ranks each has its own Trainer: it draws its share of the trajectories and trains on their pairs; the rewards,
+    and with them advantages and decisions, are the same on all. The main rank writes the folder.
+    """
+
+    def __init__(self, config: Config, resume: bool = False, ranks: Ranks = ALONE) -> None:
         """Raises ``UserError`` for anything in the configuration that does not fit the machine, the files or the model."""
-        self.config = config
-        checked = check(config)
+        self.config, self.ranks = config, ranks
+        checked = check(config, ranks)
         self.device, self.table, self.steps_trained = checked.device, checked.table, checked.steps_trained
         self.rewards, self.eval_rewards = checked.rewards, checked.eval_rewards
         self.prompts, self.eval_prompts = PromptStream(checked.prompts, config.seed), checked.eval_prompts
-        self.folder, checkpoint, resumed = claim_run_dir(config, resume)
+        self.folder, checkpoint, resumed = ranks.from_main(lambda: claim_run_dir(config, resume))
+        if not (self.folder / "config.yaml").exists():
+            raise UserError(f"output_dir: this rank's machine does not see {self.folder}: put it where all machines see it")
 
         self.denoiser = load_denoiser(config.model, self.device)
         self.denoiser.train_adapter(config.memory.gradient_checkpointing, seed=config.seed)
@@ -71,22 +79,34 @@ class Trainer:
         if config.kl.weight:
             self.denoiser.keep_reference()
         self.parameters = self.denoiser.trainable()
-        self.engine = TorchEngine(self.parameters, config, self.device)
-        self.ema = Ema(self.parameters, config.ema.decay) if config.ema.decay else None
+        weights, average, state = load_checkpoint(checkpoint) if checkpoint else (None, None, None)
+        if weights is not None:
+            load_weights(self.parameters, weights)
+        if config.engine.name == "deepspeed":
+            pairs = largest_update(config, self.steps_trained)
+            self.engine = DeepSpeedEngine(self.denoiser.unet, self.parameters, config, self.device, ranks, pairs)
+        else:
+            self.engine = TorchEngine(self.denoiser.unet, self.parameters, config, self.device)
+        self.denoiser.model = self.engine.model
+        self.ema = None
+        if config.ema.decay:
+            with self.engine.whole(list(self.parameters.values())):
+                self.ema = Ema(self.parameters, config.ema.decay)
         self.prompt_tracker = PromptTracker() if config.advantage == "prompt_tracker" else None
         self.iteration = 0  # finished so far
         self.images = 0  # sampled for training so far
         self.seconds = 0.0  # spent so far, over all resumes
         self.skipped = 0
-        if checkpoint is not None:
-            self._load(checkpoint)
-        self.tracker = Tracker(
-            self.folder,
-            tensorboard=config.tracking.tensorboard,
-            wandb=config.tracking.wandb,
-            config=config.model_dump(mode="json"),
-            resume_iteration=None if not resumed else -1 if checkpoint is None else self.iteration,
-        )
+        self.not_carried_over = self._restore(checkpoint, average, state) if checkpoint else None
+        self.tracker = None
+        if ranks.main:
+            self.tracker = Tracker(
+                self.folder,
+                tensorboard=config.tracking.tensorboard,
+                wandb=config.tracking.wandb,
+                config=config.model_dump(mode="json"),
+                resume_iteration=None if not resumed else -1 if checkpoint is None else self.iteration,
+            )
         self._stop_signal: int | None = None
         self._paces, self._eval_seconds = deque(maxlen=20), 0.0  # for the time left
         columns = (self.table.a, self.table.b, self.table.sigma, step_weights(self.table, self.steps_trained, config))
@@ -104,7 +124,9 @@ class Trainer:
         """
         config = self.config
         self._started = time.perf_counter() - self.seconds
-        write_run(self.folder, status="running", machine=describe_machine(self.device))
+        if self.ranks.main:
+            machine = describe_machine(self.device) | ({"ranks": self.ranks.world} if self.ranks.world > 1 else {})
+            write_run(self.folder, status="running", machine=machine)
         with self._signals(), self._recorded():
             while True:
                 last = self.iteration >= config.iterations
@@ -120,10 +142,10 @@ class Trainer:
                 prompts = self.prompts.draw(self.iteration * config.prompts_per_step, config.prompts_per_step)
                 repeated = [prompt for prompt in prompts for _ in range(config.images_per_prompt)]
                 ids = torch.arange(len(repeated), device=self.device) + self.iteration * len(repeated)
-                # 2. rollout; each batch is scored while the next one is sampled
+                # 2. rollout of this rank's share; each batch is scored while the next one is sampled
                 trajectories = self._rollout(repeated, ids)
                 sampled = time.perf_counter()
-                scores = self.rewards.gather()
+                scores = gather_scores(self.rewards, self.ranks, len(repeated))
                 scored = time.perf_counter()
                 # 3. rewards (P, K) to advantages (N,)
                 rewards = torch.tensor(scores.total, dtype=torch.float32).view(-1, config.images_per_prompt)
@@ -138,7 +160,7 @@ class Trainer:
                 self.iteration += 1
                 self.images += len(repeated)
                 self.seconds = updated - self._started
-                metrics |= reward_metrics(rewards, scores, repeated) | image_metrics(trajectories.images)
+                metrics |= reward_metrics(rewards, scores, repeated) | self._image_metrics(trajectories, len(repeated))
                 metrics |= {
                     "advantage/abs_mean": advantages.abs().mean().item(),
                     "advantage/std": advantages.std(correction=0).item(),
@@ -154,25 +176,26 @@ class Trainer:
 
     def _rollout(self, prompts, ids: torch.Tensor) -> Trajectories:
         config = self.config
-        with tqdm(total=len(prompts) * len(self.table), desc="  rollout", leave=False, disable=None) as bar:
-
-            def on_step(n: int) -> None:
-                bar.update(n)
-                self._leave_if_asked()  # nothing has changed yet
-
-            return rollout(
+        with self._rollout_weights():
+            return scored_rollout(
                 self.denoiser,
                 self.table,
-                [prompt.text for prompt in prompts],
+                prompts,
                 ids,
+                self.rewards,
+                self.ranks,
+                title="  rollout",
+                leave=self._leave_if_asked,  # nothing has changed yet
                 sampling=config.sampling,
                 seed=config.seed,
                 batch=config.memory.rollout_batch,
                 vae_batch=config.memory.vae_batch,
                 backend=config.kernels,
-                on_images=lambda start, images: self.rewards.submit(images, prompts[start : start + len(images)]),
-                on_step=on_step,
             )
+
+    def _rollout_weights(self):
+        """Weights that are shared out over ranks are whole during a rollout, unless memory is too short for that."""
+        return nullcontext() if self.config.engine.rollout_parameters == "layerwise" else self.engine.whole()
 
     def _advantages(self, prompts: list[str], rewards: torch.Tensor) -> torch.Tensor:
         if self.prompt_tracker is not None:
@@ -190,34 +213,41 @@ class Trainer:
         per_pass = config.updates_per_rollout // config.passes_per_rollout
         updates = []
         for _ in range(config.passes_per_rollout):
-            pairs = shuffled_pairs(rng, len(trajectories.prompts), self.steps_trained, config.timestep_fraction)
+            pairs = shuffled_pairs(rng, len(advantages), self.steps_trained, config.timestep_fraction)
             updates += np.array_split(pairs, per_pass)
+        n = len(advantages)
+        advantages = advantages[self.ranks.padded(n)]  # as the trajectories here
         distinct = list(dict.fromkeys(trajectories.prompts))
         row = {prompt: i for i, prompt in enumerate(distinct)}
         prompt_row = torch.tensor([row[prompt] for prompt in trajectories.prompts], device=self.device)
         cond, uncond = self.denoiser.encode(distinct, config.sampling)
         norms, sums, deviations = [], [], []  # of each update
-        with tqdm(total=sum(map(len, updates)), desc="  update", leave=False, disable=None) as bar:
+        quiet = None if self.ranks.main else True  # None: only where there is a terminal
+        with tqdm(total=sum(map(len, updates)), desc="  update", leave=False, disable=quiet) as bar:
             for number, update in enumerate(updates):
                 seen = []  # stays on the device until the update is done
-                for start in range(0, len(update), config.memory.update_batch):
-                    index = torch.from_numpy(update[start : start + config.memory.update_batch]).to(self.device)
-                    i, step = index.unbind(1)
+                batches = micro_batches(update, self.ranks, n, config.memory.update_batch)
+                for batch in batches:
+                    real = len(batch) > 0  # else any pair, with weight 0, to keep in step with the other ranks
+                    index = torch.from_numpy(batch) if real else torch.tensor([[0, self.steps_trained[0]]])
+                    i, step = index.to(self.device).unbind(1)
                     text = cond[prompt_row[i]], None if uncond is None else uncond[prompt_row[i]]
                     terms, loss, kl = self._loss(trajectories, advantages, i, step, *text)
-                    self.engine.backward(loss.sum() / len(update))
-                    seen.append(torch.cat([terms.statistics, *(value.sum()[None] for value in (loss.detach(), *kl))]))
-                    bar.update(len(index))
-                rows = torch.stack(seen).cpu().double()
-                sums.append(rows.sum(0))
-                deviations.append(rows[:, DEVIATION].max().item())
+                    self.engine.backward(loss.sum() * real / len(update), last=batch is batches[-1])
+                    row = torch.cat([terms.statistics, *(value.sum()[None] for value in (loss.detach(), *kl))])
+                    seen.append(row if real else torch.zeros_like(row))
+                    bar.update(len(batch))
+                rows = torch.stack(seen).cpu().double().numpy()
+                of_ranks = self.ranks.gather(np.append(rows.sum(0), rows[:, DEVIATION].max()))
+                sums.append(of_ranks[:, :-1].sum(0))
+                deviations.append(float(of_ranks[:, -1].max()))
                 if number == 0:
                     self._check_first_ratio(deviations[0])
                 norms.append(self._step(sums[-1][len(STATISTICS)]))
         # in the first update the policy is still the old one: whether the clip binds shows in the later ones
         later = slice(1, None) if len(updates) > 1 else slice(None)
-        high, low = (torch.stack(sums[later]).sum(0) / sum(map(len, updates[later])))[:2].tolist()
-        _, _, approx_kl, ratio, _, loss, *kl = (torch.stack(sums).sum(0) / sum(map(len, updates))).tolist()
+        high, low = (np.sum(sums[later], 0) / sum(map(len, updates[later])))[:2].tolist()
+        _, _, approx_kl, ratio, _, loss, *kl = (np.sum(sums, 0) / sum(map(len, updates))).tolist()
         metrics = {
             "policy/loss": loss,
             "policy/ratio_mean": ratio,
@@ -265,22 +295,23 @@ class Trainer:
             loss, kl = loss + config.kl.weight * distance, [distance.detach()]
         return terms, weight * loss, kl
 
-    def _step(self, loss: torch.Tensor) -> float | None:
+    def _step(self, loss: float) -> float | None:
         """One optimizer step. Raises ``RunFailed`` where loss or gradients are not finite; the weights are then untouched."""
-        if not loss.isfinite():
+        if not math.isfinite(loss):
             raise RunFailed(f"the loss is not finite in iteration {self.iteration + 1}: {self._nan_hint()}")
         norm = self.engine.step()
         self.skipped = self.skipped + 1 if norm is None else 0
         if self.skipped > (MAX_SKIPPED if self.engine.scales_loss else 0):
             raise RunFailed(f"the gradients are not finite in iteration {self.iteration + 1}: {self._nan_hint()}")
         if norm is not None and self.ema is not None:
-            self.ema.update()
+            with self.engine.whole(list(self.parameters.values())):
+                self.ema.update()
         return norm
 
     # --- trust ---------------------------------------------------------------------------------------------------------
 
     def _check_ratio(self, trajectories: Trajectories) -> float:
-        """Replays the first rollout batch as it was sampled: every ratio must be 1.
+        """Replays the first rollout batch of each rank as it was sampled: every ratio must be 1.
 
         With gradients on where an update's micro-batch is as large, so that what differs with them shows.
         """
@@ -292,6 +323,7 @@ class Trainer:
             for step in sorted({int(self.steps_trained[0]), int(self.steps_trained[-1])}):
                 terms, *_ = self._loss(trajectories, zeros, i, torch.full_like(i, step), cond, uncond)
                 worst = max(worst, (terms.ratio - 1).abs().nan_to_num(math.inf).max().item())
+        worst = float(self.ranks.gather(np.array(worst)).max())
         if math.isinf(worst):
             raise RunFailed(f"the model's outputs are not finite in the first replay: {self._nan_hint()}")
         if worst > self.config.safety.max_ratio_dev:
@@ -334,7 +366,13 @@ class Trainer:
 
     # --- records -------------------------------------------------------------------------------------------------------
 
+    def _image_metrics(self, trajectories: Trajectories, n: int) -> dict[str, float]:
+        values = image_statistics(trajectories.images[: len(self.ranks.share(n))])
+        return {name: float(self.ranks.whole(of_share, n).mean()) for name, of_share in values.items()}
+
     def _log(self, metrics: dict[str, float]) -> None:
+        if not self.ranks.main:
+            return
         alarms = self._alarms(metrics)
         metrics |= {f"alarm/{name}": float(name in alarms) for name in ("group_std", "clipfrac", "entropy", "saturation")}
         self.tracker.log({"iteration": self.iteration, "images": self.images, "seconds": self.seconds, **metrics})
@@ -353,17 +391,16 @@ class Trainer:
 
     def _evaluate(self) -> None:
         """Scores the held-out prompts, once per iteration, whatever was interrupted and resumed."""
-        if any(row["iteration"] == self.iteration for row in read_rows(self.folder / "eval.jsonl")):
+        rows = self.folder / "eval.jsonl"
+        if self.ranks.from_main(lambda: any(row["iteration"] == self.iteration for row in read_rows(rows))):
             return
         started = time.perf_counter()
-        with self.ema.applied() if self.ema else nullcontext():
+        with self._rollout_weights(), self.ema.applied() if self.ema else nullcontext():
             result = evaluate(
-                self.denoiser,
-                self.config,
-                self.eval_prompts,
-                self.eval_rewards,
-                on_step=lambda n: self._leave_if_asked(),
+                self.denoiser, self.config, self.eval_prompts, self.eval_rewards, self.ranks, leave=self._leave_if_asked
             )
+        if not self.ranks.main:
+            return
         self._save_samples(result)
         self.seconds = time.perf_counter() - self._started
         row = result.row() | {"iteration": self.iteration, "images": self.images, "seconds": self.seconds}
@@ -406,18 +443,23 @@ class Trainer:
             "seconds": self.seconds,
             "skipped": self.skipped,
             "prompt_tracker": self.prompt_tracker.state_dict() if self.prompt_tracker else None,
-            "engine": self.engine.state_dict(),
             "rng": torch.get_rng_state(),
             "rng_cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
         }
         average = self.ema.average if self.ema else None
         save_checkpoint(
-            self.folder / "checkpoints", self.iteration, self.parameters, average, state, self.config.checkpoint.keep
+            self.folder / "checkpoints",
+            self.iteration,
+            self.engine.weights(),
+            average,
+            state,
+            self.config.checkpoint.keep,
+            self.ranks,
+            self.engine.save,
         )
 
-    def _load(self, checkpoint: Path) -> None:
-        weights, average, state = load_checkpoint(checkpoint)
-        load_weights(self.parameters, weights)
+    def _restore(self, checkpoint: Path, average: dict[str, torch.Tensor] | None, state: dict) -> str | None:
+        """All but the weights. Returns what another engine or number of ranks has written and this one cannot take over."""
         if self.ema and average is not None:
             for name, value in average.items():
                 self.ema.average[name].copy_(value)
@@ -425,16 +467,19 @@ class Trainer:
         self.skipped = state["skipped"]
         if self.prompt_tracker:
             self.prompt_tracker.load_state_dict(state["prompt_tracker"])
-        self.engine.load_state_dict(state["engine"])
         torch.set_rng_state(state["rng"])
         if state["rng_cuda"] is not None and self.device.type == "cuda":
             torch.cuda.set_rng_state(state["rng_cuda"], self.device)
+        return self.engine.load(checkpoint, state["engine"])
 
     def _export(self) -> None:
         """The trained weights, averaged where there is an average, as stock diffusers loads them."""
+        weights = self.ema.average if self.ema else self.engine.weights()
+        if not self.ranks.main:
+            return
         final, temporary = self.folder / "export", self.folder / ".export"
         shutil.rmtree(temporary, ignore_errors=True)
-        with self.ema.applied() if self.ema else nullcontext():
+        with holding(self.parameters, weights):
             self.denoiser.export(temporary)
         shutil.rmtree(final, ignore_errors=True)
         os.replace(temporary, final)
@@ -443,6 +488,8 @@ class Trainer:
     def _recorded(self):
         """Writes how the run ended, its report, and a checkpoint where the state is whole."""
         status, message = "failed", None
+        if self.ranks.main:
+            self.ranks.on_failure = lambda reason: write_run(self.folder, status="failed", message=reason)
         try:
             yield
             status = "finished"
@@ -451,19 +498,21 @@ class Trainer:
             self._save()
             raise
         except BaseException as error:
-            message = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+            own = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+            message = self.ranks.failure() or own
             raise
         finally:
-            self.tracker.close()
             self.rewards.close()
             self.eval_rewards.close()
-            write_run(self.folder, status=status, message=message)
-            write_report(self.folder)
+            if self.ranks.main:
+                self.tracker.close()
+                write_run(self.folder, status=status, message=message)
+                write_report(self.folder)
 
     def _leave_if_asked(self) -> None:
-        """Called only where the state is that of ``iteration`` finished iterations."""
-        if self._stop_signal is not None:
-            raise Stopped(signal.Signals(self._stop_signal).name, self.iteration)
+        """Called only where the state is that of ``iteration`` finished iterations, and by all ranks at the same place."""
+        if number := self.ranks.highest(self._stop_signal or 0):
+            raise Stopped(signal.Signals(number).name, self.iteration)
 
     @contextmanager
     def _signals(self):
@@ -473,7 +522,8 @@ class Trainer:
             if self._stop_signal is not None and number == signal.SIGINT:
                 raise KeyboardInterrupt
             self._stop_signal = number
-            print(f"\n{signal.Signals(number).name}: saving and leaving; press Ctrl-C again to leave at once", flush=True)
+            if self.ranks.main:
+                print(f"\n{signal.Signals(number).name}: saving and leaving; press Ctrl-C again to leave at once", flush=True)
 
         before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
@@ -493,6 +543,21 @@ def shuffled_pairs(rng: np.random.Generator, n: int, steps: torch.Tensor, fracti
     orders = np.stack([rng.permutation(steps.numpy())[:kept] for _ in range(n)])
     rows = [np.stack([i, orders[i, k]], 1) for k in range(kept) for i in [rng.permutation(n)]]
     return np.concatenate(rows)
+
+
+def micro_batches(update: np.ndarray, ranks: Ranks, n: int, size: int) -> list[np.ndarray]:
+    """This rank's pairs of an update, at most ``size`` at a time, the trajectories numbered within its share of the n.
+
+    Args:
+        update: int64 (M, 2), of pairs (trajectory, step).
+
+    Returns:
+        int64 (m, 2) each, as many on every rank: the last may be empty where a rank has fewer pairs.
+    """
+    owner = np.searchsorted(ranks.bounds(n), update[:, 0], side="right") - 1
+    rounds = -(-np.bincount(owner).max() // size)
+    own = update[owner == ranks.rank] - [ranks.share(n).start, 0]
+    return [own[k * size : (k + 1) * size] for k in range(rounds)]
 
 
 def step_weights(table: TransitionTable, steps: torch.Tensor, config: Config) -> torch.Tensor:

@@ -77,7 +77,7 @@ def test_info_says_what_this_machine_can_do(capsys):
     rows = dict(re.split(r"  +", line, maxsplit=1) for line in capsys.readouterr().out.splitlines())
     assert rows["torch"] == torch.__version__
     paged = ", paged_adamw8bit" if torch.cuda.is_available() else ""
-    assert rows["optimizers"] == f"adamw, adamw8bit{paged}, lion8bit"
+    assert rows["optimizers"] == f"adamw, adamw8bit{paged}, lion8bit, cpu_adamw"
     assert {"machine", "python", "kernels", "attention", "engines"} <= set(rows)
     assert ("device" in rows) != torch.cuda.is_available()
 

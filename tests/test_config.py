@@ -282,7 +282,7 @@ WRONG_VALUES = [
     ("optimizer: {betas: [0.9, 1.0]}", "optimizer.betas.1: input should be less than 1"),
     (
         "optimizer: {name: sgd}",
-        "optimizer.name: input should be 'adamw', 'adamw8bit', 'paged_adamw8bit' or 'lion8bit', got 'sgd'",
+        "optimizer.name: input should be 'adamw', 'adamw8bit', 'paged_adamw8bit', 'lion8bit' or 'cpu_adamw', got 'sgd'",
     ),
     ("algorithm: lop", "algorithm: input should be 'loop', 'rloo', 'ppo', 'reinforce' or 'grpo', got 'lop'"),
     ("algorithm: [loop]", "algorithm: input should be 'loop'"),

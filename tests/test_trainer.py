@@ -340,17 +340,17 @@ def test_the_engine_accumulates_clips_steps_and_clears(make_config):
     w = torch.nn.Parameter(torch.ones(4))
     # with eps = 1 a first step of AdamW is lr g / (g + 1)
     config = make_config(optimizer={"lr": 0.1, "eps": 1.0, "weight_decay": 0.0, "max_grad_norm": 0.5})
-    engine = TorchEngine({"w": w}, config, torch.device("cpu"))
-    engine.backward(w.sum())
-    engine.backward(2 * w.sum())
+    engine = TorchEngine(torch.nn.Identity(), {"w": w}, config, torch.device("cpu"))
+    engine.backward(w.sum(), last=False)
+    engine.backward(2 * w.sum(), last=True)
     assert engine.step() == pytest.approx(6.0)  # before clipping, which leaves 0.25 in each of the four
     torch.testing.assert_close(w.detach(), torch.full((4,), 1 - 0.1 * 0.25 / 1.25))
     assert w.grad is None
-    engine.backward((w * math.inf).sum())
+    engine.backward((w * math.inf).sum(), last=True)
     before = w.detach().clone()
     assert engine.step() is None and w.equal(before) and w.grad is None
     engine.set_lr(0.0)
-    engine.backward(w.sum())
+    engine.backward(w.sum(), last=False)
     assert engine.step() > 0 and w.equal(before)
 
 

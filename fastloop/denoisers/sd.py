@@ -21,6 +21,7 @@ from transformers.utils import logging as transformers_logging
 from fastloop.config import ModelConfig, SamplingConfig
 from fastloop.denoisers import build_part, read_json
 from fastloop.errors import RunFailed, UserError
+from fastloop.optimizers import holding
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ADAPTER = "default"
@@ -129,6 +130,7 @@ class StableDiffusion:
         self.path, self.config, self.device = path, config, device
         self.tokenizer, self.text_encoder, self.vae, self.unet = tokenizer, text_encoder, vae, unet
         self.scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        self.model = unet  # what computes its forward: an engine may put its own around it
         self._embeddings: dict[str, torch.Tensor] = {}
         self._reference: dict[str, torch.Tensor] | None = None
         for module in (text_encoder, vae, unet):
@@ -181,14 +183,9 @@ class StableDiffusion:
             finally:
                 self.unet.enable_adapters()
             return
-        trained = {name: p.data for name, p in self.unet.named_parameters()}
-        for name, p in self.unet.named_parameters():
-            p.data = self._reference[name]
-        try:
+        parameters = dict(self.unet.named_parameters())
+        with holding(parameters, {name: self._reference[name].to(p.dtype) for name, p in parameters.items()}):
             yield
-        finally:
-            for name, p in self.unet.named_parameters():
-                p.data = trained[name]
 
     def trainable(self) -> dict[str, torch.nn.Parameter]:
         return {name: p for name, p in self.unet.named_parameters() if p.requires_grad}
@@ -253,10 +250,10 @@ class StableDiffusion:
         if uncond is not None:
             x, t, text = torch.cat([x, x]), torch.cat([t, t]), torch.cat([uncond, cond])
         x = x.to(dtype).contiguous(memory_format=torch.channels_last)
-        # the meta device of a plan has no autocast: there the whole UNet is in `dtype`
-        mixed = dtype != torch.float32 and self.device.type != "meta"
+        # without autocast where the whole UNet is in `dtype`: on the meta device of a plan, and in DeepSpeed
+        mixed = dtype != torch.float32 and self.device.type != "meta" and self.model is self.unet
         with torch.autocast(self.device.type, dtype) if mixed else nullcontext():
-            output = self.unet(x, t, text.to(dtype), return_dict=False)[0]
+            output = self.model(x, t, text.to(dtype), return_dict=False)[0]
         if uncond is None:
             return output, None
         without, with_prompt = output.chunk(2)

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
 import torch
 
 from fastloop.config import Config
@@ -9,10 +14,10 @@ from fastloop.errors import UserError
 from fastloop.optimizers import build_optimizer
 
 
-def pick_device(name: str) -> torch.device:
-    """``auto``: the first GPU, else the CPU. Raises ``UserError`` for a device that this machine lacks."""
+def pick_device(name: str, local_rank: int = 0) -> torch.device:
+    """``auto``: the GPU of this rank, else the CPU. Raises ``UserError`` for a device that this machine lacks."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -25,16 +30,29 @@ def pick_device(name: str) -> torch.device:
 
 
 class TorchEngine:
-    """Gradient accumulation, clipping and the optimizer step; loss scaling where the model runs in fp16."""
+    """Gradient accumulation, clipping and the optimizer step; loss scaling where the model runs in fp16.
 
-    def __init__(self, parameters: dict[str, torch.nn.Parameter], config: Config, device: torch.device) -> None:
-        self.parameters = list(parameters.values())
+    What an engine is; `DeepSpeedEngine` is the other one. ``model`` is what computes the UNet's forward.
+    """
+
+    def __init__(
+        self, model: torch.nn.Module, parameters: dict[str, torch.nn.Parameter], config: Config, device: torch.device
+    ) -> None:
+        self.model, self.parameters = model, parameters
         self.max_grad_norm = config.optimizer.max_grad_norm
-        self.optimizer = build_optimizer(config.optimizer, self.parameters)
+        self.optimizer = build_optimizer(config.optimizer, list(parameters.values()))
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.model.dtype == "fp16")
 
-    def backward(self, loss: torch.Tensor) -> None:
-        """Adds a micro-batch's gradients; the caller has scaled its loss by its share of the update."""
+    @contextmanager
+    def whole(self, parameters: list[torch.nn.Parameter] | None = None) -> Iterator[None]:
+        """Within it the given parameters, or all of them, are whole on every rank. Here they always are."""
+        yield
+
+    def backward(self, loss: torch.Tensor, last: bool) -> None:
+        """Adds a micro-batch's gradients; the caller has scaled its loss by its share of the update.
+
+        ``last`` is that of the update's last micro-batch.
+        """
         self.scaler.scale(loss).backward()
 
     def step(self) -> float | None:
@@ -45,7 +63,7 @@ class TorchEngine:
             loss scaling that is routine at first: the scale has been lowered.
         """
         self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.max_grad_norm)
         finite = bool(norm.isfinite())
         if finite:
             self.scaler.step(self.optimizer)
@@ -63,9 +81,25 @@ class TorchEngine:
     def scales_loss(self) -> bool:
         return self.scaler.is_enabled()
 
-    def state_dict(self) -> dict:
-        return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The trained weights, float32. Every rank calls it; the main one gets them."""
+        return {name: p.detach() for name, p in self.parameters.items()}
 
-    def load_state_dict(self, state: dict) -> None:
+    def save(self, folder: Path) -> dict[str, Any]:
+        """Its state as plain values and tensors; what is sharded over ranks it writes into a checkpoint's folder."""
+        return {"name": "torch", "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
+
+    def load(self, folder: Path, state: dict[str, Any]) -> str | None:
+        """Takes back what `save` gave; the weights are loaded already. Returns what of the state could not be carried over."""
+        if state["name"] != "torch":
+            return f"the optimizer's state, which {describe(state)} has written"
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
+        return None
+
+
+def describe(state: dict[str, Any]) -> str:
+    """An engine's saved state in words."""
+    if state["name"] == "torch":
+        return "engine.name=torch"
+    return f"DeepSpeed on {state['ranks']} rank{'s' * (state['ranks'] > 1)} with engine.zero_stage={state['zero_stage']}"

@@ -82,7 +82,10 @@ class Rewards:
         finally:
             for future in pending:
                 future.cancel()
-        terms = {name: np.concatenate([part[name] for part in parts]) for name in self.terms}
+        return self.total({name: np.concatenate([np.empty(0), *(part[name] for part in parts)]) for name in self.terms})
+
+    def total(self, terms: dict[str, np.ndarray]) -> Scores:
+        """The weighted sum of terms, float64 (N,) each."""
         return Scores(sum(weight * terms[name] for name, (weight, _) in self.terms.items()), terms)
 
     def score(self, images: np.ndarray, prompts: list[Prompt]) -> Scores:
