@@ -75,6 +75,8 @@ def deepspeed_settings(config: Config, world: int, pairs: int, trained: int) -> 
     merged["gradient_accumulation_steps"] = max(2, steps)
     if dtype == "bf16":
         merged["bf16"].setdefault("check_grad_overflow", True)
+        if engine.zero_stage:  # an update may have hundreds of micro-batches to add up
+            merged.setdefault("data_types", {"grad_accum_dtype": "fp32"})
     if dtype == "fp16":
         merged["fp16"].setdefault("hysteresis", 1)  # the first overflow lowers the scale, as the trainer counts on
     zero = merged["zero_optimization"]
@@ -173,7 +175,7 @@ class DeepSpeedEngine:
                 if p.dim() == 4 and not p.requires_grad:
                     p.data = p.data.contiguous(memory_format=torch.channels_last)
         for name, value in start.items():  # it made them from the rounded weights
-            deepspeed.utils.safe_set_full_fp32_param(parameters[name], value.to(device))
+            self._set_master(parameters[name], value)
 
     @property
     def _has_masters(self) -> bool:
@@ -184,6 +186,16 @@ class DeepSpeedEngine:
     def _clips_itself(self) -> bool:
         """Plain float32 without ZeRO: DeepSpeed neither tells the norm nor looks whether it is finite."""
         return self.dtype == "fp32" and self.stage == 0
+
+    def _set_master(self, parameter: torch.nn.Parameter, value: torch.Tensor) -> None:
+        from deepspeed.utils import safe_get_local_fp32_param, safe_set_full_fp32_param
+
+        if self.stage < 3:
+            safe_set_full_fp32_param(parameter, value.to(parameter.device))
+            return
+        part = safe_get_local_fp32_param(parameter)  # the last rank's is padded, which DeepSpeed's own setter forgets
+        own = value.flatten()[self.ranks.rank * part.numel() :][: part.numel()]
+        part.data.view(-1)[: len(own)].copy_(own)
 
     @contextmanager
     def whole(self, parameters: list[torch.nn.Parameter] | None = None) -> Iterator[None]:

@@ -1,0 +1,367 @@
+"""DeepSpeed through its real launcher, on two and three CPU ranks: what is trained, resumed, killed and refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fastloop.config import parse_config
+from fastloop.trainer import Trainer
+
+ROOT = Path(__file__).resolve().parent.parent
+STAGES = (0, 1, 2, 3)
+
+pytestmark = [
+    pytest.mark.skipif(torch.cuda.is_available(), reason="its launcher would take the GPUs; tests/gpu has those"),
+    pytest.mark.timeout(600),
+]
+
+
+# --- launching --------------------------------------------------------------------------------------------------------
+
+
+def command(ranks: int, *args) -> list[str]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launcher = str(Path(sys.executable).parent / "deepspeed")
+    return [launcher, "--num_accelerators", str(ranks), "--master_port", str(port), *map(str, args)]
+
+
+def environment() -> dict[str, str]:
+    # PYTHONPATH: for the rewards of these tests. Interpreted kernels are for the tests of kernels
+    own = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests")}
+    return {**{k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}, **own}
+
+
+def launch(ranks: int, *args, code: int = 0, timeout: float = 400) -> subprocess.CompletedProcess:
+    done = subprocess.run(
+        command(ranks, *args), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=timeout
+    )
+    assert done.returncode == code, done.stdout[-3000:] + done.stderr[-3000:]
+    return done
+
+
+def train_all(folder: Path, ranks: int, runs: list[dict]) -> None:
+    configs = folder / f"configs-{ranks}.json"
+    configs.write_text(json.dumps(runs))
+    launch(ranks, "tests/train_all.py", configs)
+
+
+def merged(base: dict, changes: dict) -> dict:
+    out = dict(base)
+    for key, value in changes.items():
+        out[key] = {**out[key], **value} if isinstance(value, dict) and key in out else value
+    return out
+
+
+def weights(folder: Path, iteration: int = 2, name: str = "weights") -> dict[str, torch.Tensor]:
+    return load_file(folder / "checkpoints" / f"iteration-{iteration:06d}" / f"{name}.safetensors")
+
+
+def metrics(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def distance(found: dict, wanted: dict, start: dict) -> float:
+    """Of the weights from those wanted, as a share of the way that training took them."""
+    total = sum((found[k] - wanted[k]).square().sum() for k in wanted)
+    return float((total / sum((wanted[k] - start[k]).square().sum() for k in wanted)) ** 0.5)
+
+
+def equal(one: dict, other: dict) -> bool:
+    return set(one) == set(other) and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def trajectories(folder: Path, ranks: int) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+    """Latents (T + 1, C, H, W) and log-probs (T,) by trajectory number."""
+    found = {}
+    for rank in range(ranks):
+        ids, latents, log_probs = torch.load(folder / f"trajectories-{rank}.pt", weights_only=True)
+        found |= {int(number): (latents[:, i], log_probs[:, i]) for i, number in enumerate(ids)}
+    return found
+
+
+# --- runs of the tiny model -------------------------------------------------------------------------------------------
+
+FULL = {"model": {"adapter": "full"}}
+BF16 = {"model": {"adapter": "full", "dtype": "bf16"}, "safety": {"max_ratio_dev": 1e-3}}
+OFFLOAD = {"optimizer": {"name": "cpu_adamw"}}
+
+
+def zero(stage: int, **keys) -> dict:
+    return {"engine": {"name": "deepspeed", "zero_stage": stage, **keys}}
+
+
+# 9 trajectories: 5 and 4 on two ranks
+LIKE_TORCH = {
+    **{f"lora-{stage}": zero(stage) for stage in STAGES},
+    **{f"full-{stage}": zero(stage) | FULL for stage in STAGES},
+    "layerwise": zero(3, rollout_parameters="layerwise") | FULL | {"memory": {"gradient_checkpointing": True}},
+    "kl-lora": zero(3) | {"kl": {"weight": 0.1}},
+    "kl-full": zero(2) | FULL | {"kl": {"weight": 1e-3}},
+    "average-1": zero(1) | {"ema": {"decay": 0.5}},
+    "average-3": zero(3) | {"ema": {"decay": 0.5}},
+    "offload-1": zero(1, offload_optimizer=True) | FULL | OFFLOAD,
+    "offload-2": zero(2, offload_optimizer=True) | OFFLOAD,
+    "offload-3": zero(3, offload_optimizer=True, offload_parameters=True) | FULL | OFFLOAD,
+    "tracker": zero(2) | {"algorithm": "ppo"},
+    "more-ranks-than-images": zero(3, rollout_parameters="layerwise")
+    | {"algorithm": "reinforce", "advantage": "none", "prompts_per_step": 1, "images_per_prompt": 1, "updates_per_rollout": 1},
+}
+RESUMED = {
+    **{f"{stage}": zero(stage) for stage in STAGES},
+    "8bit-2": zero(2) | FULL | {"optimizer": {"name": "adamw8bit"}},
+    "8bit-3": zero(3) | FULL | {"optimizer": {"name": "adamw8bit"}},
+    "lion-1": zero(1) | FULL | {"optimizer": {"name": "lion8bit", "lr": 1e-3}},
+    **{f"bf16-{stage}": zero(stage) | BF16 for stage in STAGES},
+    "offload": zero(3, offload_optimizer=True) | FULL | OFFLOAD,
+}
+
+
+@pytest.fixture(scope="session")
+def base(tiny_sd) -> dict:
+    return {
+        "model": {"path": tiny_sd, "lora": {"rank": 2}},
+        "prompts": {"source": "animals"},
+        "rewards": [{"name": "jpeg_incompressibility"}],
+        "eval": {"every": 9, "prompts": {"source": "animals", "limit": 3}, "images_per_prompt": 1, "grid": 3},
+        "sampling": {"steps": 4, "guidance_scale": 2.0},
+        "prompts_per_step": 3,
+        "images_per_prompt": 3,
+        "memory": {"rollout_batch": 4, "update_batch": 5, "vae_batch": 4},
+        "optimizer": {"lr": 1e-2},
+        "clip_range": 1e-2,
+        "tracking": {"tensorboard": False},
+        "checkpoint": {"every": 1, "keep": 9},
+        "iterations": 2,
+    }
+
+
+@pytest.fixture(scope="session")
+def runs(base, tmp_path_factory) -> Path:
+    """All of these in one start of two ranks: as torch would, resumed after an iteration, and not interrupted."""
+    folder = tmp_path_factory.mktemp("runs")
+    todo = [merged(base, changes) | {"output_dir": str(folder / name)} for name, changes in LIKE_TORCH.items()]
+    for name, changes in RESUMED.items():
+        values = merged(base, changes)
+        todo.append(values | {"output_dir": str(folder / f"unbroken-{name}")})
+        todo.append(values | {"output_dir": str(folder / f"broken-{name}"), "iterations": 1})
+        todo.append(values | {"output_dir": str(folder / f"broken-{name}"), "resume": True})
+    todo.append(merged(base, zero(2)) | {"output_dir": str(folder / "elsewhere"), "iterations": 1})
+    train_all(folder, 2, todo)
+    return folder
+
+
+def alone(values: dict, folder: Path, resume: bool = False) -> Trainer:
+    """The same configuration on the plain engine, in this process."""
+    values = {**values, "engine": {"name": "torch"}, "output_dir": str(folder)}
+    if values["optimizer"].get("name") == "cpu_adamw":
+        values["optimizer"] = {**values["optimizer"], "name": "adamw"}
+    trainer = Trainer(parse_config(values, "test"), resume)
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize("name", LIKE_TORCH)
+def test_two_ranks_train_as_the_plain_engine_does(runs, base, tmp_path, name):
+    wanted = alone(merged(base, LIKE_TORCH[name]), tmp_path / "alone").folder
+    start = weights(wanted, 0)
+    assert equal(weights(runs / name, 0), start)
+    assert distance(weights(runs / name), weights(wanted), start) < 1e-3
+    if (wanted / "checkpoints" / "iteration-000002" / "ema.safetensors").exists():
+        averages = (weights(folder, name="ema") for folder in (runs / name, wanted))
+        assert distance(*averages, start) < 1e-3
+    for mine, theirs in zip(metrics(runs / name), metrics(wanted), strict=True):
+        assert mine.keys() == theirs.keys()
+        assert mine["policy/ratio_first_dev"] < 1e-5
+        for key in ("reward/mean", "reward/group_std", "image/entropy", "policy/grad_norm", "policy/ratio_mean"):
+            assert mine[key] == pytest.approx(theirs[key], rel=2e-2, abs=1e-6), key
+    assert metrics(runs / name)[0]["policy/replay_max_dev"] < 1e-5
+    evals = [(folder / "eval.jsonl").read_text().splitlines() for folder in (runs / name, wanted)]
+    for mine, theirs in zip(*([json.loads(line) for line in lines] for lines in evals), strict=True):
+        assert mine["score"]["mean"] == pytest.approx(theirs["score"]["mean"], rel=1e-3)
+    exported = [next((folder / "export").rglob("*.safetensors")) for folder in (runs / name, wanted)]
+    assert exported[0].relative_to(runs / name) == exported[1].relative_to(wanted)
+
+
+def test_each_rank_draws_the_trajectories_of_a_single_process(base, tmp_path):
+    """Of the same numbers, bit for bit where the batches are the same; to rounding where they are not."""
+    even = merged(base, {"prompts_per_step": 4, "images_per_prompt": 2, "iterations": 1})
+    odd = merged(even, {"images_per_prompt": 3, "memory": {"rollout_batch": 5}})
+    for ranks, name, values in ((2, "even", even), (3, "odd", odd)):
+        train_all(tmp_path, ranks, [merged(values, zero(2)) | {"output_dir": str(tmp_path / name)}])
+        trainer = Trainer(parse_config({**values, "output_dir": str(tmp_path / f"{name}-alone")}, "test"))
+        kept, rollout = [], trainer._rollout
+        trainer._rollout = lambda *args, rollout=rollout, kept=kept: kept.append(rollout(*args)) or kept[-1]
+        trainer.train()
+        found = trajectories(tmp_path / name, ranks)
+        assert sorted(found) == kept[-1].ids.tolist()
+        for i, number in enumerate(kept[-1].ids.tolist()):
+            latents, log_probs = found[number]
+            if name == "even":
+                assert torch.equal(latents, kept[-1].latents[:, i]) and torch.equal(log_probs, kept[-1].log_probs[:, i])
+            else:
+                assert torch.equal(latents[0], kept[-1].latents[0, i])
+                torch.testing.assert_close(latents, kept[-1].latents[:, i], rtol=1e-4, atol=1e-4)
+        wanted = trainer.folder
+        assert distance(weights(tmp_path / name, 1), weights(wanted, 1), weights(wanted, 0)) < 1e-3
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_resumed_run_equals_the_unbroken_one_bit_for_bit(runs, name):
+    broken, unbroken = runs / f"broken-{name}", runs / f"unbroken-{name}"
+    assert json.loads((broken / "resumed.json").read_text()) == [1, None]
+    assert not equal(weights(unbroken), weights(unbroken, 1))
+    assert equal(weights(broken), weights(unbroken))
+    drop = ("seconds", "time/")
+    for mine, theirs in zip(metrics(broken), metrics(unbroken), strict=True):
+        assert {k: v for k, v in mine.items() if not k.startswith(drop)} == {
+            k: v for k, v in theirs.items() if not k.startswith(drop)
+        }
+
+
+def test_a_run_goes_on_with_another_number_of_ranks_and_another_engine(runs, base, tmp_path):
+    """The weights are carried over, the optimizer's state is not, and that is said."""
+    values = merged(base, zero(2)) | {"output_dir": str(runs / "elsewhere"), "resume": True}
+    train_all(tmp_path, 3, [values, merged(values, {"engine": {"zero_stage": 3}, "iterations": 3})])
+    started, lost = json.loads((runs / "elsewhere" / "resumed.json").read_text())
+    assert (started, lost) == (2, "the optimizer's state, which DeepSpeed on 3 ranks with engine.zero_stage=2 has written")
+    trainer = alone({**base, "iterations": 4}, runs / "elsewhere", resume=True)
+    assert trainer.not_carried_over == "the optimizer's state, which DeepSpeed on 3 ranks with engine.zero_stage=3 has written"
+    moved = [weights(runs / "elsewhere", i) for i in range(5)]
+    assert not any(equal(one, other) for one, other in zip(moved, moved[1:], strict=False))
+    rows = metrics(runs / "elsewhere")
+    assert [row["iteration"] for row in rows] == [1, 2, 3, 4]
+    whole = alone({**base, "iterations": 4}, tmp_path / "whole").folder
+    # prompts and noise are those of a run that was never moved
+    assert rows[1]["reward/mean"] == pytest.approx(metrics(whole)[1]["reward/mean"], rel=1e-3)
+
+
+# --- the command as typed ---------------------------------------------------------------------------------------------
+
+SHORT = (
+    "prompts_per_step=3 images_per_prompt=2 sampling.steps=6 iterations=2 checkpoint.every=1 checkpoint.keep=9 "
+    "eval.prompts.limit=2 eval.images_per_prompt=1 eval.grid=2 memory.rollout_batch=2 tracking.tensorboard=false"
+).split()
+
+
+def recipe(stage: int, folder: Path, *more: str) -> list[str]:
+    keys = ["engine.name=deepspeed", f"engine.zero_stage={stage}", *SHORT, f"output_dir={folder}", *more]
+    return ["fastloop/train.py", "--config", "configs/shapes_loop.yaml", *keys]
+
+
+@pytest.fixture(scope="session")
+def bundled_alone(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("bundled")
+    done = [sys.executable, "fastloop/train.py", "--config", "configs/shapes_loop.yaml", *SHORT, f"output_dir={folder / 'run'}"]
+    subprocess.run(done, cwd=ROOT, env=environment(), check=True, capture_output=True)
+    return folder / "run"
+
+
+@pytest.fixture(scope="session")
+def bundled(tmp_path_factory) -> Path:
+    """The bundled model with ZeRO 2, six iterations without an interruption."""
+    folder = tmp_path_factory.mktemp("unbroken") / "run"
+    launch(2, *recipe(2, folder, "iterations=6"))
+    return folder
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_stage_trains_the_bundled_model(bundled_alone, tmp_path, stage):
+    done = launch(2, *recipe(stage, tmp_path / "run"))
+    assert done.stdout.count("held-out score") == 3 and done.stdout.count("[2/2] reward") == 1  # one rank speaks
+    assert "Traceback" not in done.stdout + done.stderr
+    assert distance(weights(tmp_path / "run"), weights(bundled_alone), weights(bundled_alone, 0)) < 1e-3
+    run = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert run["status"] == "finished" and run["machine"]["ranks"] == 2
+
+
+def start_and_wait(folder: Path, line: str, *args) -> subprocess.Popen:
+    """A launcher in the background, once a line of its output begins so."""
+    log = folder.parent / "log.txt"
+    with log.open("w") as out:
+        process = subprocess.Popen(
+            command(2, *args), cwd=ROOT, env=environment(), stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    until = time.monotonic() + 120
+    while not any(text.startswith(line) for text in log.read_text().splitlines()):
+        assert process.poll() is None and time.monotonic() < until, log.read_text()[-3000:]
+        time.sleep(0.05)
+    return process
+
+
+def ranks_of(process: subprocess.Popen) -> list[psutil.Process]:
+    found = [child for child in psutil.Process(process.pid).children(recursive=True) if "--local_rank" in str(child.cmdline())]
+    return sorted(found, key=lambda child: child.environ()["RANK"])
+
+
+def test_killed_by_sigkill_of_a_rank_and_resumed_it_equals_the_unbroken_run(bundled, tmp_path):
+    args = recipe(2, tmp_path / "run", "iterations=6")
+    process = start_and_wait(tmp_path / "run", "[3/6]", *args)
+    ranks_of(process)[1].send_signal(signal.SIGKILL)
+    assert process.wait(60) != 0
+    assert weights(tmp_path / "run", 2)  # whole checkpoints are left
+    assert not (tmp_path / "run" / "checkpoints" / "iteration-000006").exists()
+    launch(2, *args, "--resume")
+    assert equal(weights(tmp_path / "run", 6), weights(bundled, 6))
+    assert [row["iteration"] for row in metrics(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("whom", ["launcher", "rank"])
+def test_stopped_by_sigterm_it_saves_and_resumed_it_equals_the_unbroken_run(bundled, tmp_path, whom):
+    args = recipe(2, tmp_path / "run", "iterations=6", "checkpoint.every=99")
+    process = start_and_wait(tmp_path / "run", "[2/6]", *args)
+    first = ranks_of(process)
+    (first[0].parent() if whom == "launcher" else first[1]).send_signal(signal.SIGTERM)
+    assert process.wait(60) != 0
+    run = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert run["status"] == "stopped" and re.fullmatch(r"stopped by SIGTERM after iteration [2-5]", run["message"])
+    saved = int(run["message"].split()[-1])
+    assert weights(tmp_path / "run", saved)
+    launch(2, *args, "--resume")
+    assert equal(weights(tmp_path / "run", 6), weights(bundled, 6))
+
+
+def fails_on_the_second_rank(images, prompts, metadata):
+    """A reward of these tests."""
+    if os.environ["RANK"] == "1":
+        raise ConnectionError("the judge is away")
+    return images.mean((1, 2, 3))
+
+
+def test_a_failure_on_one_rank_ends_all_with_its_own_message(tmp_path):
+    args = recipe(3, tmp_path / "run", 'rewards=[{name: "test_deepspeed:fails_on_the_second_rank"}]')
+    started = time.monotonic()
+    done = launch(2, *args, code=1)
+    assert time.monotonic() - started < 90
+    said = [line for line in done.stderr.splitlines() if line.startswith("fastloop:")]
+    assert len(said) == 1 and "Traceback" not in done.stderr
+    message = r"rank 1: reward test_deepspeed:fails_on_the_second_rank failed for the prompt '.*': ConnectionError: the judge is away"
+    assert re.fullmatch(f"fastloop: {message}", said[0])
+    run = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert run["status"] == "failed" and re.search(message, run["message"])
+
+
+def test_bad_input_is_one_line_of_one_rank(tmp_path):
+    done = launch(2, *recipe(2, tmp_path / "run", "model.path=/nowhere"), code=2)
+    said = [line for line in done.stderr.splitlines() if line.startswith("fastloop:")]
+    assert said == ["fastloop: model.path: no folder /nowhere: give a diffusers folder, a hub id OWNER/NAME, or assets:shapes"]
+    assert not (tmp_path / "run").exists()
+
+
+def test_several_ranks_need_the_engine_for_them(tmp_path):
+    done = launch(2, *recipe(2, tmp_path / "run", "engine={name: torch}"), code=2)
+    assert "fastloop: engine.name: torch is for one process, the launcher started 2: set it to deepspeed" in done.stderr
