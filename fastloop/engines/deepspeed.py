@@ -150,6 +150,7 @@ class DeepSpeedEngine:
             with socket.socket() as free:
                 free.bind(("127.0.0.1", 0))
                 address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
+            os.environ.setdefault("LOCAL_RANK", "0")  # it asks for a launcher's
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo", init_method=address, rank=0, world_size=1)
         self.unet, self.parameters, self.ranks = unet, parameters, ranks
         self.stage, self.dtype = config.engine.zero_stage, config.model.dtype
