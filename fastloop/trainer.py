@@ -173,6 +173,7 @@ class Trainer:
                     "time/iteration": updated - started,
                 }
                 self._log(metrics)
+                del trajectories  # not beside those of the next iteration
             self._export()
         return self.folder
 
@@ -337,8 +338,8 @@ class Trainer:
         with nullcontext() if n <= self.config.memory.update_batch else torch.no_grad():
             for step in sorted({int(self.steps_trained[0]), int(self.steps_trained[-1])}):
                 at = torch.stack([torch.arange(n), torch.full((n,), step)], 1)
-                terms, *_ = self._loss(trajectories, zeros, at, *text)
-                worst = max(worst, (terms.ratio - 1).abs().nan_to_num(math.inf).max().item())
+                ratio = self._loss(trajectories, zeros, at, *text)[0].ratio  # and nothing of the graph
+                worst = max(worst, (ratio - 1).abs().nan_to_num(math.inf).max().item())
         worst = float(self.ranks.gather(np.array(worst)).max())
         if math.isinf(worst):
             raise RunFailed(f"the model's outputs are not finite in the first replay: {self._nan_hint()}")
