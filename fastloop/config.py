@@ -114,6 +114,9 @@ class SamplingConfig(Strict):
     negative_prompt: str = ""
     height: Positive | None = Field(None, description="pixels; default: the model's own size")
     width: Positive | None = Field(None, description="pixels; default: the model's own size")
+    original_size: tuple[Positive, Positive] | None = Field(None, description="SDXL: height and width; default: the picture's")
+    crop_top_left: tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]] = (0, 0)
+    target_size: tuple[Positive, Positive] | None = Field(None, description="SDXL: height and width; default: the picture's")
 
 
 class EvalConfig(Strict):
@@ -328,7 +331,7 @@ class Config(Strict):
         engine, optimizer = self.engine, self.optimizer.name
         if engine.name == "torch":
             for key in ("zero_stage", "offload_optimizer", "offload_parameters", "rollout_parameters", "deepspeed_config"):
-                if getattr(engine, key) not in (None, False):
+                if getattr(engine, key) != type(engine).model_fields[key].default:
                     return f"engine.{key}: only DeepSpeed has it: set engine.name=deepspeed, or leave it out"
             if optimizer == "cpu_adamw":
                 return "optimizer.name: cpu_adamw is for engine.name=deepspeed engine.offload_optimizer=true: set it to adamw"
