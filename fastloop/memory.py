@@ -154,6 +154,11 @@ class Traced:
         with self.fake:
             return Phase.trace(self._update)
 
+    def activations(self, batch: int) -> int:
+        """Bytes of an update of so many pairs at most, without the gradients."""
+        gradients = 0 if (self.config.engine.zero_stage or 0) > 1 else sum(map(_size, self.denoiser.trainable().values()))
+        return self.update.peak(batch) - gradients
+
     def _encode(self) -> int:
         """Bytes at most, of one text."""
         with torch.no_grad(), LiveBytes() as live:
@@ -246,7 +251,7 @@ def estimate(
     steps = 4 * (config.sampling.steps + 1) * share * math.prod(traced.shape)
     away = on_gpu and config.memory.trajectories == "host"
     with traced.fake:
-        embedding = sum(t.numel() * t.element_size() for t in denoiser.blank_embedding())
+        embedding = sum(map(_size, denoiser.blank_embedding()))
     state = state_bytes(config.optimizer.name, sharded.pieces(trainable))
     stays = {
         "UNet": sharded.weights(unet),
@@ -281,7 +286,7 @@ def estimate(
         "gradients": gradients,
         f"rollout of {rollout}": working["rollout"],
         f"decoding of {decode}": traced.decode.peak(decode),
-        f"activations of {update} pairs": traced.update.peak(update) - (0 if sharded.stage > 1 else gradients),
+        f"activations of {update} pairs": traced.activations(update),
     }
     phases = {name: resident + size for name, size in working.items()}
     return Estimate({name: size for name, size in parts.items() if size}, phases, {k: v for k, v in host.items() if v})
@@ -347,7 +352,11 @@ def sizes(config: Config, pairs: int, world: int) -> tuple[int, int, int]:
 
 
 def _bytes(module: torch.nn.Module) -> int:
-    return sum(p.numel() * p.element_size() for p in module.parameters())
+    return sum(map(_size, module.parameters()))
+
+
+def _size(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
 
 
 def _upcast_norms(unet: torch.nn.Module) -> None:
