@@ -45,7 +45,7 @@ from fastloop.denoisers import ASSETS, load_denoiser
 from fastloop.denoisers.base import DTYPES
 from fastloop.errors import UserError
 from fastloop.machine import describe_machine, versions
-from fastloop.plan import plan
+from fastloop.plan import memory as planned
 from fastloop.ranks import Ranks
 from fastloop.trainer import Trainer
 
@@ -349,10 +349,8 @@ def free_port() -> int:
 
 
 def estimate(config: Config) -> str | None:
-    """The sum of `fastloop plan`, which counts one process; ``None`` where ranks share things out."""
-    if config.engine.name != "torch":
-        return None
-    return next(line.split(maxsplit=1)[1].strip() for line in plan(config) if line.split()[:1] == ["sum"])
+    """The peak of `fastloop plan`, which counts one process; ``None`` where ranks share things out."""
+    return None if config.engine.name != "torch" else size_text(planned(config).peak)
 
 
 def notes_for(rows: list[dict], size: str, on_gpu: bool) -> list[str]:

@@ -60,6 +60,9 @@ def _parser() -> argparse.ArgumentParser:
 
     plan = commands.add_parser("plan", help="derived numbers, parameters and memory of a run; loads no weights")
     plan.add_argument("config", metavar="CONFIG")
+    plan.add_argument("--ranks", type=int, default=1, help="processes of the run (default: 1)")
+    plan.add_argument("--gpu", action="store_true", help="plan for a GPU, though there is none here")
+    plan.add_argument("--it-per-s", type=float, help="UNet forwards a second at batch 1: also say how long it takes")
     plan.set_defaults(run=_plan)
 
     sample = commands.add_parser("sample", help="draw pictures with a base model or a run")
@@ -130,7 +133,11 @@ def _train_on(ranks, args: argparse.Namespace) -> int:
 def _plan(args: argparse.Namespace) -> int:
     from fastloop.plan import plan
 
-    print("\n".join(plan(load_config(args.config, args.overrides))))
+    if args.ranks < 1:
+        raise UserError("--ranks: at least 1")
+    if args.it_per_s is not None and not 0 < args.it_per_s < float("inf"):
+        raise UserError("--it-per-s: a number above 0")
+    print("\n".join(plan(load_config(args.config, args.overrides), args.ranks, args.gpu, args.it_per_s)))
     return 0
 
 

@@ -66,6 +66,8 @@ def build_optimizer(config: OptimizerConfig, parameters: list[torch.nn.Parameter
         import deepspeed
 
         return getattr(deepspeed.ops.adam, kind.name)(parameters, **kwargs)
+    if parameters[0].device.type == "cuda":
+        kwargs["fused"] = True  # else it makes a temporary as large as all parameters
     return getattr(torch.optim, kind.name)(parameters, **kwargs)
 
 
@@ -79,6 +81,11 @@ def state_bytes(name: str, sizes: Iterable[int]) -> int:
         return 4 * size
 
     return kind.moments * sum(map(of, sizes))
+
+
+def step_bytes(name: str, sizes: Iterable[int], on_gpu: bool) -> int:
+    """Bytes that an optimizer's step needs for a while: of torch's on a CPU, two temporaries of the largest parameter."""
+    return 8 * max(sizes) if OPTIMIZERS[name].name == "AdamW" and not on_gpu else 0
 
 
 class Ema:

@@ -6,16 +6,16 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch.overrides import TorchFunctionMode
 
 from fastloop import kernels
 from fastloop.config import Config
 from fastloop.denoisers import build_skeleton
-from fastloop.denoisers.base import DTYPES, Denoiser
+from fastloop.denoisers.base import Denoiser
 from fastloop.engines.deepspeed import deepspeed_problem, deepspeed_settings
 from fastloop.engines.torch import pick_device
 from fastloop.errors import UserError
-from fastloop.optimizers import optimizer_problem, state_bytes
+from fastloop.memory import Estimate, Traced, estimate, sizes
+from fastloop.optimizers import optimizer_problem
 from fastloop.prompts import Prompt, load_prompts
 from fastloop.ranks import ALONE, Ranks
 from fastloop.rewards import Rewards
@@ -68,23 +68,50 @@ def largest_update(config: Config, steps_trained: torch.Tensor) -> int:
     return -(-pairs * config.passes_per_rollout // config.updates_per_rollout)
 
 
-def plan(config: Config) -> list[str]:
+def plan(config: Config, ranks: int = 1, gpu: bool = False, it_per_s: float | None = None) -> list[str]:
     """Lines of text for a configuration. Reads configs and prompts, loads no weights.
+
+    Args:
+        ranks: processes of the run. gpu: plan for a GPU, though there is none here. it_per_s: UNet forwards a second at
+            batch 1, for an estimate of the time.
 
     Raises:
         UserError: whatever `fastloop train` would refuse before it loads the model.
     """
+    if ranks > 1 and config.engine.name == "torch":
+        raise UserError(f"--ranks: {ranks}, but engine.name=torch is for one process: set engine.name=deepspeed")
     checked = check(config)
     checked.rewards.close()
     checked.eval_rewards.close()
     height, width = checked.skeleton.image_size(config.sampling)
-    name = config.model.path or f"{config.model.random_init} with random weights"
-    return [
-        f"model        {name}, {config.model.adapter}, {config.model.dtype}, {width} x {height} pixels",
+    lines = [
+        f"model        {config.model.path or config.model.random_init}, {config.model.adapter}, {config.model.dtype}, "
+        f"{width} x {height} pixels",
         f"prompts      {len(checked.prompts)} for training, {len(checked.eval_prompts)} for evaluation",
-        *derived_lines(config, checked.steps_trained),
+        *derived_lines(config, checked.steps_trained, ranks),
+        *([] if it_per_s is None else time_lines(config, checked.steps_trained, ranks, it_per_s)),
         "",
-        *_memory_lines(config, checked.skeleton, checked.steps_trained),
+        *_parameter_lines(config, checked.skeleton),
+    ]
+    return lines + _memory_lines(config, checked, ranks, gpu or checked.device.type == "cuda")
+
+
+def time_lines(config: Config, steps_trained: torch.Tensor, ranks: int, it_per_s: float) -> list[str]:
+    """Seconds of an iteration in the UNet, from its forwards a second at batch 1.
+
+    A backward costs two forwards, or one where only adapters are trained, since the frozen weights get no gradients;
+    checkpointing adds the forward that is done again. Rewards, decoding and the optimizer are not in it.
+    """
+    n, kept = config.images_per_rollout, kept_steps(steps_trained, config.timestep_fraction)
+    branches = 1 if config.sampling.guidance_scale == 1 else 2
+    backward = (1 if config.model.adapter == "lora" else 2) + (1 if config.memory.gradient_checkpointing else 0)
+    rollout = n * config.sampling.steps * branches / (it_per_s * ranks)
+    update = n * kept * config.passes_per_rollout * branches * (1 + backward) / (it_per_s * ranks)
+    if config.kl.weight:
+        update *= (2 + backward) / (1 + backward)
+    return [
+        f"time         at {it_per_s:g} forwards/s: {rollout:.1f} s rollout + {update:.1f} s update = {rollout + update:.1f} s "
+        f"an iteration, {n / (rollout + update):.3g} images/s, {config.iterations * (rollout + update) / 3600:.1f} h in all"
     ]
 
 
@@ -158,74 +185,59 @@ def check(config: Config, ranks: Ranks = ALONE) -> Checked:
     )
 
 
-def _memory_lines(config: Config, skeleton: Denoiser, steps_trained: torch.Tensor) -> list[str]:
-    """Memory by part, in bytes counted from shapes."""
+def _parameter_lines(config: Config, skeleton: Denoiser) -> list[str]:
     lines = ["parameters"]
     trained = sum(p.numel() for p in skeleton.trainable().values())
     for name, module in skeleton.parts.items():
         added = trained if name == "unet" and config.model.adapter == "lora" else 0
-        lines.append(f"  {name.replace('_', ' '):<14}{sum(p.numel() for p in module.parameters()) - added:>15,}")
-    lines.append(f"  {'trained':<14}{trained:>15,}")
-    shape = skeleton.latent_shape(config.sampling.height, config.sampling.width)
-    batch = min(config.memory.update_batch, largest_update(config, steps_trained))
-    parts = {
-        "weights": sum(p.numel() * p.element_size() for module in skeleton.parts.values() for p in module.parameters()),
-        "gradients": 4 * trained,
-        "optimizer": state_bytes(config.optimizer.name, (p.numel() for p in skeleton.trainable().values())),
-        "moving average": 4 * trained if config.ema.decay else 0,
-        "KL reference": 4 * trained if config.kl.weight and config.model.adapter == "full" else 0,
-        "trajectories": 4 * (config.sampling.steps + 1) * config.images_per_rollout * math.prod(shape),
-        f"activations of {batch} pairs": activation_bytes(skeleton, config, batch),
-    }
-    lines += ["memory", *(f"  {name:<26}{_size(size):>12}" for name, size in parts.items() if size)]
-    lines.append(f"  {'sum':<26}{_size(sum(parts.values())):>12}")
-    lines.append("  not counted: work space of operators, decoding, the allocator's slack, the reward's own model")
-    lines.append("activations by memory.gradient_checkpointing")
-    for choice, switch in (("false", "disable"), ("true", "enable")):
-        getattr(skeleton.unet, f"{switch}_gradient_checkpointing")()
-        lines.append(f"  {choice:<26}{_size(activation_bytes(skeleton, config, batch)):>12}")
+        lines.append(f"  {name.replace('_', ' '):<15}{sum(p.numel() for p in module.parameters()) - added:>15,}")
+    lines.append(f"  {'trained':<15}{trained:>15,}")
     return lines
 
 
-def activation_bytes(skeleton, config: Config, batch: int) -> int:
-    """Bytes that autograd keeps for the backward of one micro-batch of pairs, weights not counted."""
-    sampling = config.sampling
-    text = skeleton.condition([skeleton.blank_embedding()] * batch, sampling)
-    latents = torch.empty(batch, *skeleton.latent_shape(sampling.height, sampling.width), device="meta")
-    timesteps = torch.empty(batch, dtype=torch.int64, device="meta")
-    skeleton.unet.to(DTYPES[config.model.dtype])
-    weights = {p.untyped_storage()._cdata for p in skeleton.unet.parameters()}
-    kept: dict[int, torch.Tensor] = {}  # by storage, so that views count once; holding the tensors keeps storages apart
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()._cdata
-        if storage not in weights:
-            kept[storage] = tensor
-        return tensor
-
-    with _FusedAttention(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        skeleton.predict(latents, timesteps, text, None if sampling.guidance_scale == 1 else text)
-    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+def memory(config: Config, ranks: int = 1, gpu: bool = False) -> Estimate:
+    """Memory of an iteration on one rank; raises and reads what `plan` does."""
+    checked = check(config)
+    checked.rewards.close()
+    checked.eval_rewards.close()
+    return _estimate(config, checked, ranks, gpu or checked.device.type == "cuda")[0]
 
 
-class _FusedAttention(TorchFunctionMode):
-    """Attention that keeps what the fused operators of real devices keep; on meta, PyTorch keeps the whole matrices."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is torch.nn.functional.scaled_dot_product_attention:
-            return _Attention.apply(*args[:3])
-        return func(*args, **(kwargs or {}))
+def _estimate(config: Config, checked: Checked, ranks: int, on_gpu: bool) -> tuple[Estimate, Traced]:
+    pairs = largest_update(config, checked.steps_trained)
+    traced = Traced(config, checked.skeleton, pairs > ranks * config.memory.update_batch, on_gpu)
+    return estimate(config, traced, texts(config, checked), pairs, ranks, on_gpu), traced
 
 
-class _Attention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, query, key, value):
-        output, log_sums = torch.empty_like(query), query.new_empty(query.shape[:-1], dtype=torch.float32)
-        ctx.save_for_backward(query, key, value, output, log_sums)
-        return output
+def texts(config: Config, checked: Checked) -> int:
+    """Distinct texts that a run encodes, at most: its prompts, the held-out ones and the negative prompt."""
+    drawn = min(len({prompt.text for prompt in checked.prompts}), config.iterations * config.prompts_per_step)
+    return drawn + len({prompt.text for prompt in checked.eval_prompts}) + 1
 
 
-def _size(size: float) -> str:
+def _memory_lines(config: Config, checked: Checked, ranks: int, on_gpu: bool) -> list[str]:
+    """Memory by part and by phase."""
+    found, traced = _estimate(config, checked, ranks, on_gpu)
+    lines = ["memory" + (" of one rank" if ranks > 1 else "") + ("" if on_gpu else " (of the CPU; --gpu: of a GPU)")]
+    lines += [f"  {name:<26}{size_text(size):>12}" for name, size in found.parts.items()]
+    lines += ["peak by phase"]
+    lines += [f"  {name:<26}{size_text(size):>12}" for name, size in found.phases.items()]
+    lines.append(f"  {'peak':<26}{size_text(found.peak):>12}")
+    if found.host:
+        lines += ["in the host's memory", *(f"  {name:<26}{size_text(size):>12}" for name, size in found.host.items())]
+    lines.append("not counted: work space of operators, the allocator's slack, the reward's own model")
+    lines.append("activations by memory.gradient_checkpointing")
+    batch = sizes(config, largest_update(config, checked.steps_trained), ranks)[1]
+    for choice in (False, True):
+        getattr(checked.skeleton.unet, f"{'enable' if choice else 'disable'}_gradient_checkpointing")()
+        if config.memory.gradient_checkpointing is not choice:
+            traced.update = traced.trace_update()
+        lines.append(f"  {str(choice).lower():<26}{size_text(traced.activations(batch)):>12}")
+    return lines
+
+
+def size_text(size: float) -> str:
+    """Bytes for people: 1.2 MiB."""
     for unit in ("B", "KiB", "MiB"):
         if size < 1024:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"

@@ -1,0 +1,378 @@
+"""What a run needs of a device's memory, by part and by phase, and the micro-batches that fit into what is free.
+
+Parts that stay are counted from shapes. What a phase needs beside them is traced: its operators run on fake tensors, which
+have shapes and no values, and a dispatch mode adds up the storages that are alive. The work space of operators, fragmentation
+and the rewards' own models are in none of this.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from fastloop import kernels
+from fastloop.config import Config
+from fastloop.denoisers.base import CACHED_PROMPTS, DTYPES, Denoiser
+from fastloop.engines.deepspeed import BUCKET
+from fastloop.kernels.reference import transition_mean
+from fastloop.objectives import gaussian_kl
+from fastloop.optimizers import state_bytes, step_bytes
+
+TRACED = (2, 3)  # the batches of the two traces from which those of any other follow
+
+
+class LiveBytes(TorchDispatchMode):
+    """Within it, the bytes of the storages that operators make, as long as they live.
+
+    Attributes:
+        now, peak: bytes. history: ``now`` after each change.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.history: list[int] = [0]
+        self._known: dict[int, weakref.ref] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count(tree_leaves((args, kwargs)), here=False)
+        output = func(*args, **(kwargs or {}))
+        self.count(tree_leaves(output))
+        return output
+
+    def count(self, tensors: Iterable, here: bool = True) -> None:
+        """Counts the storages of these tensors from now on, as far as they are new; those made elsewhere as nothing."""
+        for tensor in tensors:
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                if id(storage) not in self._known:
+                    size = storage.nbytes() if here else 0
+                    self._known[id(storage)] = weakref.ref(storage, self._forget(id(storage), size))
+                    self._change(size)
+
+    def _forget(self, key: int, size: int) -> Callable[[weakref.ref], None]:
+        def gone(_: weakref.ref) -> None:
+            del self._known[key]
+            self._change(-size)
+
+        return gone
+
+    def _change(self, size: int) -> None:
+        if not size:
+            return
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        self.history.append(self.now)
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Bytes that a phase has alive after each change, of a batch of b: ``fixed + b * each``, float64."""
+
+    fixed: np.ndarray
+    each: np.ndarray
+
+    @classmethod
+    def trace(cls, compute: Callable[[int], None]) -> Phase:
+        """Runs a phase at two batches. Its operators are the same at any batch, so one line goes through each moment."""
+        histories = []
+        for batch in TRACED:
+            with LiveBytes() as live:
+                compute(batch)
+            histories.append(np.array(live.history, np.float64))
+        few, many = histories
+        if len(few) != len(many):  # else: only that the peak grows with the batch
+            few, many = (np.array([history.max()]) for history in histories)
+        each = (many - few) / (TRACED[1] - TRACED[0])
+        return cls(few - TRACED[0] * each, each)
+
+    def peak(self, batch: int) -> int:
+        """Bytes at most."""
+        return max(0, int((self.fixed + batch * self.each).max()))
+
+    def largest(self, budget: float, cap: int) -> int:
+        """The largest batch up to ``cap`` that stays within a budget of bytes; 0 where not even one does."""
+        return max((batch for batch in range(1, cap + 1) if self.peak(batch) <= budget), default=0)
+
+
+class Traced:
+    """The phases of an iteration of a configuration, traced once on the skeleton, which then holds fake tensors.
+
+    Args:
+        accumulates: whether updates have more than one micro-batch, so that gradients are there when one begins.
+        on_gpu: whether to trace what a GPU runs, be there one or not.
+    """
+
+    def __init__(self, config: Config, skeleton: Denoiser, accumulates: bool, on_gpu: bool) -> None:
+        self.config, self.denoiser = config, skeleton
+        self.shape = skeleton.latent_shape(config.sampling.height, config.sampling.width)
+        self.size = skeleton.image_size(config.sampling)
+        fused = importlib.util.find_spec("triton") is not None and on_gpu
+        backend = config.kernels if config.kernels != "auto" else "triton" if fused else "reference"
+        if backend == "triton":
+            from fastloop.kernels import fused as ops
+            from fastloop.kernels.unet import fuse_unet
+
+            fuse_unet(skeleton.unet)
+        else:
+            ops = kernels.reference
+        self.ops = ops
+        if on_gpu and config.model.dtype != "fp32" and config.engine.name == "torch":
+            _upcast_norms(skeleton.unet)
+        self._engine_casts = config.engine.name == "deepspeed"
+        self._accumulates = accumulates and (config.engine.zero_stage or 0) < 2
+        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
+        with self.fake:
+            for module in skeleton.parts.values():
+                if self._engine_casts and module is skeleton.unet:
+                    module.to(DTYPES[config.model.dtype])
+                _make_fake(module)
+            skeleton.device = torch.device("cpu")  # autocast and the choice of operators go by it
+            if self._engine_casts:
+                skeleton.model = lambda *args, **kwargs: skeleton.unet(*args, **kwargs)  # as in an engine: no autocast
+            if config.kl.weight:
+                skeleton.keep_reference()
+            if (config.engine.zero_stage or 0) > 1:  # gradients go to their ranks as they come
+                for p in skeleton.trainable().values():
+                    p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+            self.encode = self._encode()
+            self.rollout = Phase.trace(self._rollout)
+            self.decode = Phase.trace(self._decode)
+        self.update = self.trace_update()
+
+    def trace_update(self) -> Phase:
+        """The forward and backward of one micro-batch, with the gradients that it leaves, and finds if not the first."""
+        with self.fake:
+            return Phase.trace(self._update)
+
+    def activations(self, batch: int) -> int:
+        """Bytes of an update of so many pairs at most, without the gradients."""
+        gradients = 0 if (self.config.engine.zero_stage or 0) > 1 else sum(map(_size, self.denoiser.trainable().values()))
+        return self.update.peak(batch) - gradients
+
+    def _encode(self) -> int:
+        """Bytes at most, of one text."""
+        with torch.no_grad(), LiveBytes() as live:
+            for encoder in self.denoiser.text_encoders.values():
+                encoder(torch.zeros(1, encoder.config.max_position_embeddings, dtype=torch.int64), output_hidden_states=True)
+        return live.peak
+
+    def _inputs(self, batch: int) -> tuple:
+        denoiser, sampling = self.denoiser, self.config.sampling
+        embeddings = [denoiser.blank_embedding()] * batch
+        cond = denoiser.condition(embeddings, sampling)
+        uncond = None if sampling.guidance_scale == 1 else denoiser.condition(embeddings, sampling)
+        return torch.empty(batch, *self.shape), torch.zeros(batch, dtype=torch.int64), cond, uncond
+
+    def _rollout(self, batch: int) -> None:
+        with torch.no_grad():
+            x, t, *text = self._inputs(batch)
+            outputs = self.denoiser.predict(x, t, *text)
+            row, w = torch.ones(batch), self.config.sampling.guidance_scale
+            self.ops.sample_transition(*outputs, x, row, row, row, w, 0, t, 0)
+
+    def _decode(self, batch: int) -> None:
+        with torch.no_grad():
+            z, vae = torch.empty(batch, *self.shape), self.denoiser.vae
+            x = vae.decode(self.denoiser._unscaled(z).to(vae.dtype), return_dict=False)[0].float()
+            x = (x / 2 + 0.5).clamp(0, 1) * 255
+            x.round().to(torch.uint8).permute(0, 2, 3, 1)
+
+    def _update(self, batch: int) -> None:
+        config = self.config
+        w = config.sampling.guidance_scale
+        for p in self.denoiser.trainable().values():
+            p.grad = torch.empty_like(p) if self._accumulates else None
+        x, t, *text = self._inputs(batch)
+        x_prev, row = torch.empty_like(x), torch.ones(batch)
+        outputs = self.denoiser.predict(x, t, *text)
+        terms = self.ops.policy_loss(
+            *outputs, x, x_prev, row, row, row, w, row, row, config.clip_range, config.objective, 0, t, t
+        )
+        loss = terms.loss
+        if config.kl.weight:
+            with torch.no_grad(), self.denoiser.reference():
+                reference = self.denoiser.predict(x, t, *text)
+            means = (transition_mean(*o, x, row, row, w) for o in (outputs, reference))
+            loss = loss + config.kl.weight * gaussian_kl(*means, row)
+        loss.sum().backward()
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes on the device of one rank, of the largest where they differ.
+
+    Attributes:
+        parts: what stays through an iteration, and what is there while it is used, by name.
+        phases: the peak of each phase of an iteration. host: what is in the host's memory instead.
+    """
+
+    parts: dict[str, int]
+    phases: dict[str, int]
+    host: dict[str, int]
+
+    @property
+    def peak(self) -> int:
+        return max(self.phases.values())
+
+
+def estimate(
+    config: Config,
+    traced: Traced,
+    prompts: int,
+    pairs: int,
+    world: int,
+    on_gpu: bool,
+    batches: tuple[int, int, int] | None = None,
+) -> Estimate:
+    """Memory of an iteration.
+
+    Args:
+        prompts: distinct texts that are encoded. pairs: of the largest update. world: number of ranks.
+        batches: of rollout, update and VAE; ``None``: those of the configuration.
+    """
+    denoiser, sharded = traced.denoiser, Shards(config, world)
+    share = -(-config.images_per_rollout // world)
+    rollout, update, decode = batches or sizes(config, pairs, world)
+    weights = {name: _bytes(module) for name, module in denoiser.parts.items()}
+    trainable = [p.numel() for p in denoiser.trainable().values()]
+    trained, unet = sum(trainable), weights.pop("unet")
+    texts = sum(size for name, size in weights.items() if name != "vae")
+    leaves = on_gpu and config.memory.offload_frozen
+    steps = 4 * (config.sampling.steps + 1) * share * math.prod(traced.shape)
+    away = on_gpu and config.memory.trajectories == "host"
+    with traced.fake:
+        embedding = sum(map(_size, denoiser.blank_embedding()))
+    state = state_bytes(config.optimizer.name, sharded.pieces(trainable))
+    stays = {
+        "UNet": sharded.weights(unet),
+        "master weights": sharded.masters(trained),
+        "optimizer": state,
+        "moving average": 4 * trained if config.ema.decay else 0,
+        "KL reference": unet if config.kl.weight and config.model.adapter == "full" else 0,
+        "trajectories": steps,
+        "prompt embeddings": min(prompts, CACHED_PROMPTS) * embedding,
+    }
+    host = {"trajectories": stays.pop("trajectories")} if away else {}
+    for name in sharded.offloaded:
+        host[name] = stays.pop(name)
+    guests = {"text encoders": texts, "VAE": weights["vae"]}
+    if leaves:
+        host |= guests
+    beside = 0 if leaves else sum(guests.values())
+    resident = sum(stays.values()) + beside
+    gathered = sharded.gathered(unet)
+    in_step = sharded.gradients(trained) + step_bytes(config.optimizer.name, sharded.pieces(trainable), on_gpu)
+    working = {
+        "encode": traced.encode + (texts if leaves else 0),
+        "rollout": traced.rollout.peak(rollout) + gathered,
+        "decode": traced.decode.peak(decode) + (weights["vae"] if leaves else 0) + gathered,
+        "update": traced.update.peak(update) + sharded.in_backward(trained) + gathered,
+        "step": in_step,
+    }
+    gradients = sharded.gradients(trained)
+    parts = {
+        **stays,
+        **guests,
+        "gradients": gradients,
+        f"rollout of {rollout}": working["rollout"],
+        f"decoding of {decode}": traced.decode.peak(decode),
+        f"activations of {update} pairs": traced.activations(update),
+    }
+    phases = {name: resident + size for name, size in working.items()}
+    return Estimate({name: size for name, size in parts.items() if size}, phases, {k: v for k, v in host.items() if v})
+
+
+class Shards:
+    """What ZeRO leaves on one of several ranks (arXiv 1910.02054, section 5, and DeepSpeed's buckets), in bytes.
+
+    Without DeepSpeed all of it is here.
+    """
+
+    def __init__(self, config: Config, world: int) -> None:
+        engine = config.engine
+        self.deepspeed = engine.name == "deepspeed"
+        self.stage, self.world = (engine.zero_stage if self.deepspeed else 0), world
+        self.half = config.model.dtype != "fp32"
+        self.size = 2 if self.deepspeed and self.half else 4
+        self.accumulated = 4 if config.model.dtype != "fp16" else 2
+        self.offloads = engine.offload_optimizer
+        self.offloaded = ["master weights", "optimizer"] if engine.offload_optimizer else []
+        self.offloaded += ["UNet"] if engine.offload_parameters else []
+
+    def _of(self, size: float, stage: int) -> int:
+        return math.ceil(size / self.world) if self.stage >= stage else math.ceil(size)
+
+    def pieces(self, sizes: list[int]) -> list[int]:
+        """Numbers of elements of what the optimizer sees: with ZeRO, one flat piece for each rank."""
+        return [self._of(sum(sizes), 1)] if self.stage else sizes
+
+    def weights(self, size: int) -> int:
+        return self._of(size, 3)
+
+    def masters(self, trained: int) -> int:
+        return 4 * self._of(trained, 1) if self.deepspeed and (self.half or self.stage) else 0
+
+    def gradients(self, trained: int) -> int:
+        """When the optimizer steps."""
+        if self.offloads:
+            return 0
+        if not self.deepspeed:
+            return 4 * trained
+        return self.accumulated * self._of(trained, 2) + (4 * self._of(trained, 1) if self.stage else 0)
+
+    def in_backward(self, trained: int) -> int:
+        """Beside the gradients that the model itself holds."""
+        if not self.deepspeed:
+            return 0
+        bucket = 2 * self.size * min(BUCKET, trained)
+        if self.stage < 2:
+            return bucket + (self.accumulated * trained if self.half else 0)
+        return bucket + (0 if self.offloads else self.accumulated * self._of(trained, 2))
+
+    def gathered(self, unet: int) -> int:
+        """Weights that are whole for a while; DeepSpeed keeps a thousand million of them."""
+        return min(unet, self.size * 10**9) if self.stage == 3 else 0
+
+
+def sizes(config: Config, pairs: int, world: int) -> tuple[int, int, int]:
+    """The micro-batches of rollout, update and VAE that a rank meets."""
+    memory, share = config.memory, -(-config.images_per_rollout // world)
+    rollout = min(memory.rollout_batch, share)
+    return rollout, min(memory.update_batch, -(-pairs // world)), min(memory.vae_batch, rollout)
+
+
+def _bytes(module: torch.nn.Module) -> int:
+    return sum(map(_size, module.parameters()))
+
+
+def _size(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _upcast_norms(unet: torch.nn.Module) -> None:
+    """What autocast does on a GPU and not on a CPU: these norms are computed in float32, and their outputs are."""
+    for module in unet.modules():
+        if type(module) in (torch.nn.LayerNorm, torch.nn.GroupNorm):
+            module.float().register_forward_pre_hook(lambda _, args: (args[0].float(), *args[1:]))
+
+
+def _make_fake(module: torch.nn.Module) -> None:
+    """Gives a module fake tensors in place of its own; within the mode that makes them."""
+    for m in module.modules():
+        for name, p in m._parameters.items():
+            if p is not None:
+                fake = torch.empty_strided(p.shape, p.stride(), dtype=p.dtype)
+                m._parameters[name] = torch.nn.Parameter(fake, p.requires_grad)
+        for name, b in m._buffers.items():
+            if b is not None:
+                m._buffers[name] = torch.empty_strided(b.shape, b.stride(), dtype=b.dtype)
