@@ -164,9 +164,9 @@ def finished(config: Config) -> bool:
 def run(config: Config) -> bool:
     """Trains one run in a process of its own, or goes on with it."""
     folder = Path(config.output_dir)
-    recipe = folder.with_suffix(".yaml")
+    recipe = Path(f"{folder}.yaml")  # beside the folder, whose own config.yaml is the run's
     recipe.write_text(dump_config(config))
-    with open(folder.with_suffix(".log"), "w") as log:
+    with open(f"{folder}.log", "w") as log:
         command = [sys.executable, "-m", "fastloop.cli", "train", str(recipe), "--resume"]
         env = {**os.environ, "OMP_NUM_THREADS": "1"}
         code = subprocess.run(command, env=env, stdout=log, stderr=subprocess.STDOUT).returncode
