@@ -41,7 +41,7 @@ import torch
 from fastloop import cli
 from fastloop.config import Config, apply_overrides, dump_config, load_config, parse_config
 from fastloop.denoisers import ASSETS, load_denoiser
-from fastloop.denoisers.sd import DTYPES
+from fastloop.denoisers.base import DTYPES
 from fastloop.errors import RunFailed, UserError
 from fastloop.machine import describe_machine, versions
 from fastloop.plan import plan
@@ -199,7 +199,7 @@ def warm_up(config: Config, size: str) -> None:
 def load_unmapped(*args):
     """A denoiser whose weights are not mapped from their file: its pages would count as resident beside the copies."""
     denoiser = load_denoiser(*args)
-    for module in (denoiser.unet, denoiser.text_encoder, denoiser.vae):
+    for module in denoiser.parts.values():
         for tensor in (*module.parameters(), *module.buffers()):
             tensor.data = tensor.data.clone()
     return denoiser

@@ -41,16 +41,38 @@ class LoraConfig(Strict):
     )
 
 
+class VaeConfig(Strict):
+    """How latents become pictures. A picture that overflows in half precision is decoded again in float32."""
+
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto", description="auto: model.dtype, and fp32 where the VAE's config has force_upcast and model.dtype is fp16"
+    )
+    tile: Annotated[int, Field(ge=64, multiple_of=64)] | None = Field(
+        None, description="pixels; larger pictures are decoded in overlapping tiles of this side; default: whole"
+    )
+
+
 class ModelConfig(Strict):
     """Which model, and what of it is trained."""
 
-    path: str = Field("assets:shapes", min_length=1, description="assets:shapes, a diffusers folder, or a hub id")
+    path: str | None = Field("assets:shapes", min_length=1, description="assets:shapes, a diffusers folder, or a hub id")
+    random_init: Literal["sd15", "sd2", "sdxl"] | None = Field(
+        None, description="in place of path: the full-size architecture with random weights, for benchmarks"
+    )
     revision: str | None = Field(None, description="of a hub id")
     variant: str | None = Field(None, description="file variant, such as fp16")
     adapter: Literal["lora", "full"] = "lora"
     lora: LoraConfig = LoraConfig()
     dtype: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="latents and log-probs stay float32")
     attention: Literal["sdpa", "xformers"] = "sdpa"
+    vae: VaeConfig = VaeConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_default_path_beside_random_weights(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("random_init") is not None:
+            return {"path": None, **values}
+        return values
 
 
 class PromptsConfig(Strict):
@@ -177,6 +199,12 @@ class CheckpointConfig(Strict):
     keep: Positive = Field(2, description="newest checkpoints kept")
 
 
+class ExportConfig(Strict):
+    """The result, as stock diffusers loads it."""
+
+    dtype: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="of the weights in the files")
+
+
 class SafetyConfig(Strict):
     """Bounds past which a run stops or warns."""
 
@@ -218,6 +246,7 @@ class Config(Strict):
     safety: SafetyConfig = SafetyConfig()
     tracking: TrackingConfig = TrackingConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    export: ExportConfig = ExportConfig()
     iterations: Positive = 60
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     output_dir: str = Field("runs/default", min_length=1)
@@ -257,6 +286,8 @@ class Config(Strict):
         for key, known in (("advantage", ADVANTAGES), ("objective", OBJECTIVES)):
             if getattr(self, key) not in known:
                 raise ValueError(f"{key}: unknown name {getattr(self, key)!r}: one of {', '.join(known)}")
+        if problem := self._model_problem():
+            raise ValueError(problem)
         if self.advantage in NEEDS_GROUPS and self.images_per_prompt < 2:
             raise ValueError(
                 f"images_per_prompt: {self.advantage} compares the images of one prompt: set at least 2, "
@@ -279,6 +310,16 @@ class Config(Strict):
         if problem := self._engine_problem():
             raise ValueError(problem)
         return self
+
+    def _model_problem(self) -> str | None:
+        model = self.model
+        if model.random_init is None:
+            return "model.path: no model: give assets:shapes, a folder or a hub id" if model.path is None else None
+        for key in ("path", "revision", "variant"):
+            if (value := getattr(model, key)) is not None:
+                random = f"model.random_init={model.random_init}"
+                return f"model.{key}: {value}, but {random} reads no files: set one of them to null"
+        return None
 
     def _engine_problem(self) -> str | None:
         """What of the engine, the optimizer and the rest does not go together, by the table in docs/multi_gpu.md."""

@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 from fastloop import kernels
 from fastloop.config import Config
 from fastloop.denoisers import build_skeleton
-from fastloop.denoisers.sd import DTYPES, StableDiffusion
+from fastloop.denoisers.base import DTYPES, Denoiser
 from fastloop.engines.deepspeed import deepspeed_problem, deepspeed_settings
 from fastloop.engines.torch import pick_device
 from fastloop.errors import UserError
@@ -65,8 +65,9 @@ def plan(config: Config) -> list[str]:
     checked.rewards.close()
     checked.eval_rewards.close()
     height, width = checked.skeleton.image_size(config.sampling)
+    name = config.model.path or f"{config.model.random_init} with random weights"
     return [
-        f"model        {config.model.path}, {config.model.adapter}, {config.model.dtype}, {width} x {height} pixels",
+        f"model        {name}, {config.model.adapter}, {config.model.dtype}, {width} x {height} pixels",
         f"prompts      {len(checked.prompts)} for training, {len(checked.eval_prompts)} for evaluation",
         *derived_lines(config, checked.steps_trained),
         "",
@@ -85,7 +86,7 @@ class Checked:
     eval_rewards: Rewards
     table: TransitionTable
     steps_trained: torch.Tensor  # int64, indices into the table
-    skeleton: StableDiffusion  # with what is trained, on the meta device
+    skeleton: Denoiser  # with what is trained, on the meta device
 
 
 def check_device(config: Config, local_rank: int = 0) -> torch.device:
@@ -144,19 +145,18 @@ def check(config: Config, ranks: Ranks = ALONE) -> Checked:
     )
 
 
-def _memory_lines(config: Config, skeleton: StableDiffusion, steps_trained: torch.Tensor) -> list[str]:
+def _memory_lines(config: Config, skeleton: Denoiser, steps_trained: torch.Tensor) -> list[str]:
     """Memory by part, in bytes counted from shapes."""
     lines = ["parameters"]
     trained = sum(p.numel() for p in skeleton.trainable().values())
-    for name, module in (("unet", skeleton.unet), ("text encoder", skeleton.text_encoder), ("vae", skeleton.vae)):
+    for name, module in skeleton.parts.items():
         added = trained if name == "unet" and config.model.adapter == "lora" else 0
-        lines.append(f"  {name:<14}{sum(p.numel() for p in module.parameters()) - added:>15,}")
+        lines.append(f"  {name.replace('_', ' '):<14}{sum(p.numel() for p in module.parameters()) - added:>15,}")
     lines.append(f"  {'trained':<14}{trained:>15,}")
     shape = skeleton.latent_shape(config.sampling.height, config.sampling.width)
     batch = min(config.memory.update_batch, largest_update(config, steps_trained))
-    modules = (skeleton.unet, skeleton.text_encoder, skeleton.vae)
     parts = {
-        "weights": sum(p.numel() * p.element_size() for module in modules for p in module.parameters()),
+        "weights": sum(p.numel() * p.element_size() for module in skeleton.parts.values() for p in module.parameters()),
         "gradients": 4 * trained,
         "optimizer": state_bytes(config.optimizer.name, (p.numel() for p in skeleton.trainable().values())),
         "moving average": 4 * trained if config.ema.decay else 0,
@@ -177,8 +177,7 @@ def _memory_lines(config: Config, skeleton: StableDiffusion, steps_trained: torc
 def activation_bytes(skeleton, config: Config, batch: int) -> int:
     """Bytes that autograd keeps for the backward of one micro-batch of pairs, weights not counted."""
     sampling = config.sampling
-    tokens, width = skeleton.text_encoder.config.max_position_embeddings, skeleton.unet.config.cross_attention_dim
-    text = torch.empty(batch, tokens, width, device="meta")
+    text = skeleton.condition([skeleton.blank_embedding()] * batch, sampling)
     latents = torch.empty(batch, *skeleton.latent_shape(sampling.height, sampling.width), device="meta")
     timesteps = torch.empty(batch, dtype=torch.int64, device="meta")
     skeleton.unet.to(DTYPES[config.model.dtype])

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from fastloop import kernels
 from fastloop.config import Config, ModelConfig, SamplingConfig
-from fastloop.denoisers import family, read_json, resolve_path
+from fastloop.denoisers import family, read_json, source
 from fastloop.errors import UserError
 from fastloop.prompts import Prompt
 from fastloop.ranks import Ranks
@@ -142,13 +142,13 @@ def gather_scores(rewards: Rewards, ranks: Ranks, n: int) -> Scores:
 
 def sampler_table(model: ModelConfig, sampling: SamplingConfig, steps: int | None = None) -> TransitionTable:
     """The transitions of a model's scheduler; loads no weights. Raises ``UserError`` where they cannot be used."""
-    path = resolve_path(model.path)
+    path = source(model)
     family(path, model)  # refuses what cannot be trained, whatever its scheduler
     scheduler = read_json(path, model, "scheduler_config.json", "scheduler")
     try:
         return transition_table(scheduler, steps or sampling.steps, sampling.eta)
     except (ValueError, TypeError) as error:
-        raise UserError(f"the scheduler of model.path={model.path}: {error}") from None
+        raise UserError(f"the scheduler of model.path={path}: {error}") from None
 
 
 def trained_steps(table: TransitionTable, config: Config) -> torch.Tensor:

@@ -481,7 +481,7 @@ class Trainer:
         final, temporary = self.folder / "export", self.folder / ".export"
         shutil.rmtree(temporary, ignore_errors=True)
         with holding(self.parameters, weights):
-            self.denoiser.export(temporary)
+            self.denoiser.export(temporary, self.config.export.dtype)
         shutil.rmtree(final, ignore_errors=True)
         os.replace(temporary, final)
 

@@ -59,7 +59,7 @@ def memory(config) -> dict[str, float]:
 def test_the_parameters_are_those_of_the_loaded_model(make_config, model):
     config = make_config(model=model)
     denoiser = real_model(config)
-    modules = {"unet": denoiser.unet, "text encoder": denoiser.text_encoder, "vae": denoiser.vae}
+    modules = {name.replace("_", " "): module for name, module in denoiser.parts.items()}
     expected = {name: sum(p.numel() for p in module.parameters()) for name, module in modules.items()}
     expected["trained"] = sum(p.numel() for p in denoiser.trainable().values())
     if config.model.adapter == "lora":  # shown once, as trained
@@ -250,7 +250,7 @@ def no_weights(monkeypatch):
     def load(*_):
         raise AssertionError("weights were loaded")
 
-    monkeypatch.setattr("fastloop.denoisers.sd.load", load)
+    monkeypatch.setattr("fastloop.denoisers.base.Denoiser.load", load)
 
 
 @pytest.mark.parametrize(
@@ -314,7 +314,7 @@ def test_what_is_checked_is_what_the_run_uses(make_config):
 
 def test_a_skeleton_reads_no_weights(make_config, no_weights):
     skeleton = build_skeleton(make_config().model)
-    for module in (skeleton.unet, skeleton.text_encoder, skeleton.vae):
+    for module in skeleton.parts.values():
         assert all(p.is_meta for p in module.parameters())
 
 

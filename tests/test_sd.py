@@ -12,7 +12,7 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionMod
 from safetensors.torch import load_file, save_file
 
 from fastloop.config import ModelConfig, SamplingConfig
-from fastloop.denoisers import build_skeleton, family, load_denoiser, read_json, resolve_path, sd
+from fastloop.denoisers import base, build_skeleton, family, load_denoiser, read_json, resolve_path
 from fastloop.errors import RunFailed, UserError
 from fastloop.kernels.reference import initial_noise, normal
 from fastloop.machine import xformers_problem
@@ -285,11 +285,11 @@ def test_skeleton_has_the_shapes_of_the_model_and_no_weights(tiny_sd, model: dic
         denoiser.train_adapter(False, 0)
     for part in ("unet", "vae", "text_encoder"):
         described, real = (
-            {name: (p.shape, p.dtype, p.requires_grad) for name, p in getattr(denoiser, part).named_parameters()}
+            {name: (p.shape, p.dtype, p.requires_grad) for name, p in denoiser.parts[part].named_parameters()}
             for denoiser in (skeleton, loaded)
         )
         assert described == real
-        assert {p.device.type for p in getattr(skeleton, part).parameters()} == {"meta"}
+        assert {p.device.type for p in skeleton.parts[part].parameters()} == {"meta"}
 
 
 @pytest.mark.skipif(xformers_problem() is None, reason="xformers works here")
@@ -358,7 +358,7 @@ def test_negative_prompt_is_the_one_configured(tiny_sd) -> None:
 
 def test_each_text_is_encoded_once(tiny_sd) -> None:
     denoiser = load(tiny_sd)
-    calls = count_calls(denoiser.text_encoder)
+    calls = count_calls(denoiser.parts["text_encoder"])
     denoiser.encode(["a dog", "a cat", "a dog"], GUIDED)
     assert len(calls) == 3  # two prompts and the negative one
     denoiser.encode(["a cat", "a horse", GUIDED.negative_prompt], GUIDED)
@@ -367,7 +367,7 @@ def test_each_text_is_encoded_once(tiny_sd) -> None:
 
 def test_without_guidance_the_negative_prompt_is_not_encoded(tiny_sd) -> None:
     denoiser = load(tiny_sd)
-    calls = count_calls(denoiser.text_encoder)
+    calls = count_calls(denoiser.parts["text_encoder"])
     cond, uncond = denoiser.encode(["a dog"], SamplingConfig(guidance_scale=1.0))
     assert uncond is None
     assert cond.shape == (1, 16, 16)
@@ -395,7 +395,7 @@ def test_long_prompt_is_cut_to_the_text_encoders_length(tiny_sd, copy) -> None:
 def test_more_prompts_than_the_cache_holds_are_all_encoded(tiny_sd, monkeypatch) -> None:
     prompts = ["a red circle", "a dog", "a cat", "a horse", "a dog"]
     expected = load(tiny_sd).encode(prompts, GUIDED)
-    monkeypatch.setattr(sd, "CACHED_PROMPTS", 2)
+    monkeypatch.setattr(base, "CACHED_PROMPTS", 2)
     denoiser = load(tiny_sd)
     for _ in range(2):
         for ours, theirs in zip(denoiser.encode(prompts, GUIDED), expected, strict=True):
@@ -404,7 +404,7 @@ def test_more_prompts_than_the_cache_holds_are_all_encoded(tiny_sd, monkeypatch)
 
 
 def test_full_cache_does_not_lose_a_prompt_of_the_same_call(tiny_sd, monkeypatch) -> None:
-    monkeypatch.setattr(sd, "CACHED_PROMPTS", 2)
+    monkeypatch.setattr(base, "CACHED_PROMPTS", 2)
     denoiser = load(tiny_sd)
     without = SamplingConfig(guidance_scale=1.0)
     first, _ = denoiser.encode(["a dog", "a cat"], without)
@@ -527,7 +527,7 @@ def test_half_precision_models_keep_latents_and_log_probs_in_float32(tiny_sd, ad
     table = sampler_table(ModelConfig(path=tiny_sd), sampling)
     whole = our_rollout(trainable(tiny_sd), table, sampling)
     denoiser = trainable(tiny_sd, adapter=adapter, dtype=dtype)
-    assert {output.dtype for output in denoiser.predict(*batch(denoiser))} == {sd.DTYPES[dtype]}
+    assert {output.dtype for output in denoiser.predict(*batch(denoiser))} == {base.DTYPES[dtype]}
     half = our_rollout(denoiser, table, sampling)
     assert half.latents.dtype == half.log_probs.dtype == torch.float32
     assert half.log_probs.isfinite().all()
@@ -611,8 +611,8 @@ def test_only_float32_adapters_are_trained_whatever_the_models_dtype(tiny_sd, dt
     adapters = {name for name in parameters if ".lora_" in name}
     assert {name for name, p in parameters.items() if p.requires_grad} == adapters == set(denoiser.trainable())
     assert {parameters[name].dtype for name in adapters} == {torch.float32}
-    assert {p.dtype for name, p in parameters.items() if name not in adapters} == {sd.DTYPES[dtype]}
-    assert not any(p.requires_grad for part in (denoiser.vae, denoiser.text_encoder) for p in part.parameters())
+    assert {p.dtype for name, p in parameters.items() if name not in adapters} == {base.DTYPES[dtype]}
+    assert not any(p.requires_grad for part in (denoiser.vae, denoiser.parts["text_encoder"]) for p in part.parameters())
     loss(denoiser).backward()
     assert all(grad.dtype == torch.float32 and grad.isfinite().all() for grad in gradients(denoiser).values())
     assert all(grad.any() for name, grad in gradients(denoiser).items() if ".lora_B." in name)
@@ -682,7 +682,7 @@ def test_full_fine_tuning_trains_every_weight_of_the_unet_in_float32(tiny_sd, dt
     assert all(torch.equal(p, file[name]) for name, p in denoiser.trainable().items())  # not rounded to dtype
     assert set(denoiser.trainable()) == {name for name, _ in denoiser.unet.named_parameters()}
     assert {p.dtype for p in denoiser.trainable().values()} == {torch.float32}
-    assert denoiser.vae.dtype == denoiser.text_encoder.dtype == sd.DTYPES[dtype]
+    assert denoiser.vae.dtype == denoiser.parts["text_encoder"].dtype == base.DTYPES[dtype]
     loss(denoiser).backward()
     assert all(grad.dtype == torch.float32 and grad.isfinite().all() for grad in gradients(denoiser).values())
 
@@ -796,7 +796,7 @@ def test_exported_pipeline_is_the_trained_one_in_one_dtype(request, tmp_path, pa
     trained, folder = outputs(denoiser), tmp_path / "export"
     denoiser.export(folder)
     assert torch.equal(outputs(denoiser), trained)
-    assert denoiser.vae.dtype == denoiser.text_encoder.dtype == sd.DTYPES[dtype]
+    assert denoiser.vae.dtype == denoiser.parts["text_encoder"].dtype == base.DTYPES[dtype]
 
     assert {file for file in files(folder) if not file.endswith((".json", ".txt"))} == {UNET_FILE, VAE_FILE, TEXT_FILE}
     pipeline = stock(folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,15 @@ from fastloop.errors import UserError
 from fastloop.machine import xformers_problem
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
-FAMILIES = {"StableDiffusionPipeline": "sd"}
+ARCHITECTURES = ASSETS / "architectures"  # published configs, without weights
+FAMILIES = {  # the class of a pipeline: the module and the class of its adapter
+    "StableDiffusionPipeline": ("sd", "StableDiffusion"),
+}
+
+
+def source(config: ModelConfig) -> str:
+    """Where a model's configs are, and its weights unless they are random: a folder or a hub id. Raises as `resolve_path`."""
+    return str(ARCHITECTURES / config.random_init) if config.random_init else resolve_path(config.path)
 
 
 def resolve_path(path: str) -> str:
@@ -74,7 +83,7 @@ def build_part(name: str, path: str, make: Callable[[dict], torch.nn.Module], va
 
 
 def family(path: str, config: ModelConfig):
-    """The adapter module of a pipeline.
+    """The adapter class of a pipeline.
 
     Raises:
         UserError: the pipeline's class is not supported, or this machine lacks the attention backend.
@@ -84,19 +93,17 @@ def family(path: str, config: ModelConfig):
     name = read_json(path, config, "model_index.json").get("_class_name")
     if name not in FAMILIES:
         raise UserError(f"model.path: {path} is a {name}: supported are {', '.join(FAMILIES)}")
-    if FAMILIES[name] == "sd":
-        from fastloop.denoisers import sd
-
-        return sd
+    module, adapter = FAMILIES[name]
+    return getattr(importlib.import_module(f"fastloop.denoisers.{module}"), adapter)
 
 
 def load_denoiser(config: ModelConfig, device: torch.device):
-    """The adapter of ``config.path``, its weights on a device. Raises ``UserError`` for anything that is not there."""
-    path = resolve_path(config.path)
+    """The adapter of a model, its weights on a device. Raises ``UserError`` for anything that is not there."""
+    path = source(config)
     return family(path, config).load(path, config, device)
 
 
 def build_skeleton(config: ModelConfig):
     """The adapter without weights, on the meta device, for planning and checks; raises as ``load_denoiser`` does."""
-    path = resolve_path(config.path)
+    path = source(config)
     return family(path, config).skeleton(path, config)
