@@ -50,6 +50,7 @@ class Settings:
     max_grad_norm: float = 1.0
     lora_rank: int = 16  # 0: train all weights of the UNet
     dtype: str = "float32"  # of the forward passes; what is trained stays float32
+    gradient_checkpointing: bool = False
     seed: int = 0
 
 
@@ -73,6 +74,8 @@ class BaselinePPO:
             targets = ["to_q", "to_k", "to_v", "to_out.0"]
             lora = {"r": settings.lora_rank, "lora_alpha": settings.lora_rank, "init_lora_weights": "gaussian"}
             self.unet.add_adapter(LoraConfig(**lora, target_modules=targets))
+        if settings.gradient_checkpointing:
+            self.unet.enable_gradient_checkpointing()
         self.parameters = [p for p in self.unet.parameters() if p.requires_grad]
         for p in self.parameters:
             p.data = p.data.float()
@@ -233,25 +236,15 @@ class BaselinePPO:
 
 
 def load_pipeline(config, device: torch.device):
-    """fastloop's parts of a model in diffusers' own pipeline class, with a DDIM scheduler.
-
-    Args:
-        config: fastloop's ModelConfig. The UNet is in float32 where all of its weights are trained.
-    """
+    """fastloop's parts of a model (its ModelConfig) in diffusers' own pipeline class, with a DDIM scheduler."""
     import diffusers
 
-    from fastloop.denoisers import load_denoiser, read_json, resolve_path
+    from fastloop.denoisers import load_denoiser, read_json, source
 
     denoiser = load_denoiser(config, device)
-    path = resolve_path(config.path)
-    scheduler = diffusers.DDIMScheduler.from_config(read_json(path, config, "scheduler_config.json", "scheduler"))
-    names = ("vae", "unet", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
-    parts = {name: getattr(denoiser, name) for name in names if hasattr(denoiser, name)}
-    denoiser.unet.to(memory_format=torch.contiguous_format)  # fastloop's own choice is another one
-    if config.adapter == "full":
-        denoiser.unet.float()
-    if "text_encoder_2" not in parts:
-        parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    denoiser.unet.to(memory_format=torch.contiguous_format)  # channels_last is fastloop's choice
+    scheduler = diffusers.DDIMScheduler.from_config(read_json(source(config), config, "scheduler_config.json", "scheduler"))
+    parts = {**denoiser.parts, **denoiser.tokenizers, **denoiser.absent}
     return denoiser.pipeline_class(**parts, scheduler=scheduler)
 
 
