@@ -442,8 +442,8 @@ def title(case: dict) -> str:
     return (
         f"### {case['model']}, {what}\n\n"
         f"{case['images']} images of K = {case['images_per_prompt']}, T = {case['steps']}, "
-        f"guidance {case['guidance_scale']:g}, {case['updates']} updates over all steps, batches of {case['batch']}, {case['dtype']}{checkpointing}. "
-        f"Matrix product of this machine: {case['matmul_tflops']:.3g} TFLOP/s."
+        f"guidance {case['guidance_scale']:g}, {case['updates']} updates over all steps, batches of {case['batch']}, "
+        f"{case['dtype']}{checkpointing}. Matrix product of this machine: {case['matmul_tflops']:.3g} TFLOP/s."
     )
 
 
