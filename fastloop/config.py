@@ -173,6 +173,8 @@ class MemoryConfig(Strict):
     rollout_batch: Positive = Field(64, description="trajectories per denoiser call while sampling")
     update_batch: Positive = Field(64, description="(trajectory, timestep) pairs per forward and backward")
     vae_batch: Positive = Field(16, description="images per VAE call")
+    offload_frozen: bool = Field(True, description="text encoders and VAE are on the GPU only while they compute")
+    trajectories: Literal["device", "host"] = Field("device", description="host: in pinned memory, copied beside the work")
 
 
 class EngineConfig(Strict):

@@ -24,7 +24,8 @@ class Trajectories:
     """N trajectories of T steps; trajectories p K to p K + K - 1 belong to prompt p.
 
     Attributes:
-        latents: float32 (T + 1, N, C, H, W), x_T first; empty where the rollout was only for its images.
+        latents: float32 (T + 1, N, C, H, W), x_T first, on the device or in the host's memory; empty where the rollout was
+            only for its images.
         log_probs: float32 (T, N), the mean over the latent's elements.
         prompts: N prompts. ids: int64 (N,), the trajectory numbers that key the noise.
         images: uint8 (N, height, width, 3).
@@ -35,6 +36,22 @@ class Trajectories:
     prompts: list[str]
     ids: torch.Tensor
     images: np.ndarray
+
+    def pairs(self, at: torch.Tensor, i: torch.Tensor, step: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """x_t and x_{t-1}, float32 (B, C, H, W) on the device, of (trajectory, step) pairs.
+
+        Args:
+            at: int64 (B, 2), on the host. i, step: its columns, on the device.
+        """
+        if self.latents.device == i.device:
+            return self.latents[step, i], self.latents[step + 1, i]
+        i, step, device = *at.unbind(1), i.device
+        return upload(self.latents[step, i], device), upload(self.latents[step + 1, i], device)
+
+
+def upload(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy of host values on a device, which the host does not wait for: a copy from pageable memory would hold it up."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
 
 
 @torch.no_grad()
@@ -50,40 +67,45 @@ def rollout(
     vae_batch: int,
     backend: str,
     keep_latents: bool = True,
+    trajectories_on: str = "device",
     on_images: Callable[[int, np.ndarray], None] = lambda start, images: None,
     on_step: Callable[[int], None] = lambda trajectories: None,
 ) -> Trajectories:
-    """Samples one trajectory for each prompt and number, ``batch`` at a time.
+    """Samples one trajectory for each prompt and number, ``batch`` at a time. The host waits for the device once a batch.
 
+    ``trajectories_on`` is ``memory.trajectories``: with ``host`` the latents are copied beside the work, into pinned memory.
     ``on_images(start, images)`` is called as soon as a batch is decoded, so that rewards run beside the next one;
     ``on_step(n)`` after each denoising step of n trajectories, for progress bars and for leaving early.
     """
     device = denoiser.device
     ops = kernels.backend(backend, device)
     a, b, sigma = (column.float().to(device) for column in (table.a, table.b, table.sigma))
+    timesteps, ids = table.timesteps.to(device), ids.to(device)
     shape = denoiser.latent_shape(sampling.height, sampling.width)
-    latents = torch.empty((len(table) + 1, len(prompts), *shape), device=device) if keep_latents else torch.empty(0)
+    stored = (len(table) + 1, len(prompts), *shape) if keep_latents else (0,)
+    on_host = trajectories_on == "host" and device.type != "cpu"
+    latents = torch.empty(stored, pin_memory=device.type == "cuda") if on_host else torch.empty(stored, device=device)
+    denoiser.encode(list(dict.fromkeys(prompts)), sampling)  # what is new all at once: the text encoders come in once
     log_probs = torch.empty((len(table), len(prompts)), device=device)
     images = []
     for start in range(0, len(prompts), batch):
         chunk = slice(start, min(start + batch, len(prompts)))
-        number = ids[chunk].to(device)
+        number = ids[chunk]
         n = len(number)
         cond, uncond = denoiser.encode(prompts[chunk], sampling)
         x = ops.initial_noise(seed, number, shape)
         if keep_latents:
-            latents[0, chunk] = x
+            latents[0, chunk].copy_(x, non_blocking=True)
         for step in range(len(table)):
-            timestep = table.timesteps[step].expand(n).to(device)
-            outputs = denoiser.predict(x, timestep, cond, uncond)
+            outputs = denoiser.predict(x, timesteps[step].expand(n), cond, uncond)
             coefficients = (column[step].expand(n) for column in (a, b, sigma))
             x, log_probs[step, chunk] = ops.sample_transition(
                 *outputs, x, *coefficients, sampling.guidance_scale, seed, number, step
             )
             if keep_latents:
-                latents[step + 1, chunk] = x
+                latents[step + 1, chunk].copy_(x, non_blocking=True)
             on_step(n)
-        images.append(denoiser.decode(x, vae_batch))
+        images.append(denoiser.decode(x, vae_batch))  # waits for the device, so that latents on the host are there too
         on_images(start, images[-1])
     return Trajectories(latents, log_probs, prompts, ids, np.concatenate(images))
 

@@ -38,7 +38,7 @@ from fastloop.plan import check, largest_update
 from fastloop.prompts import PromptStream
 from fastloop.ranks import ALONE, Ranks
 from fastloop.report import write_report
-from fastloop.rollout import Trajectories, gather_scores, kept_steps, scored_rollout
+from fastloop.rollout import Trajectories, gather_scores, kept_steps, scored_rollout, upload
 from fastloop.rundir import claim_run_dir, write_run
 from fastloop.tracking import Tracker, before_after_grid, image_grid, read_rows
 from fastloop.transitions import TransitionTable
@@ -74,6 +74,8 @@ class Trainer:
             raise UserError(f"output_dir: this rank's machine does not see {self.folder}: put it where all machines see it")
 
         self.denoiser = load_denoiser(config.model, self.device)
+        if config.memory.offload_frozen:
+            self.denoiser.offload_frozen()
         self.denoiser.train_adapter(config.memory.gradient_checkpointing, seed=config.seed)
         kernels.fuse(self.denoiser.unet, config.kernels, self.device)
         if config.kl.weight:
@@ -191,6 +193,7 @@ class Trainer:
                 seed=config.seed,
                 batch=config.memory.rollout_batch,
                 vae_batch=config.memory.vae_batch,
+                trajectories_on=config.memory.trajectories,
                 backend=config.kernels,
             )
 
@@ -219,26 +222,16 @@ class Trainer:
         n = len(advantages)
         advantages = advantages[self.ranks.padded(n)]  # as the trajectories here
         distinct = list(dict.fromkeys(trajectories.prompts))
-        row = {prompt: i for i, prompt in enumerate(distinct)}
-        prompt_row = torch.tensor([row[prompt] for prompt in trajectories.prompts], device=self.device)
-        cond, uncond = self.denoiser.encode(distinct, config.sampling)
+        number = {prompt: i for i, prompt in enumerate(distinct)}
+        row = torch.tensor([number[prompt] for prompt in trajectories.prompts], device=self.device)
+        text = (*self.denoiser.encode(distinct, config.sampling), row)
         norms, sums, deviations = [], [], []  # of each update
         quiet = None if self.ranks.main else True  # None: only where there is a terminal
         with tqdm(total=sum(map(len, updates)), desc="  update", leave=False, disable=quiet) as bar:
             for number, update in enumerate(updates):
-                seen = []  # stays on the device until the update is done
                 batches = micro_batches(update, self.ranks, n, config.memory.update_batch)
-                for batch in batches:
-                    real = len(batch) > 0  # else any pair, with weight 0, to keep in step with the other ranks
-                    index = torch.from_numpy(batch) if real else torch.tensor([[0, self.steps_trained[0]]])
-                    i, step = index.to(self.device).unbind(1)
-                    text = cond[prompt_row[i]], None if uncond is None else uncond[prompt_row[i]]
-                    terms, loss, kl = self._loss(trajectories, advantages, i, step, *text)
-                    self.engine.backward(loss.sum() * real / len(update), last=batch is batches[-1])
-                    row = torch.cat([terms.statistics, *(value.sum()[None] for value in (loss.detach(), *kl))])
-                    seen.append(row if real else torch.zeros_like(row))
-                    bar.update(len(batch))
-                rows = torch.stack(seen).cpu().double().numpy()
+                seen = self._add_gradients(batches, len(update), trajectories, advantages, text, bar)
+                rows = seen.cpu().double().numpy()
                 of_ranks = self.ranks.gather(np.append(rows.sum(0), rows[:, DEVIATION].max()))
                 sums.append(of_ranks[:, :-1].sum(0))
                 deviations.append(float(of_ranks[:, -1].max()))
@@ -265,10 +258,33 @@ class Trainer:
             metrics["policy/kl_reference"] = kl[0]
         return metrics
 
-    def _loss(self, trajectories, advantages, i, step, cond, uncond):
-        """Of the pairs (i, step), float32 (B,): policy terms, the whole loss, and in a list the KL where there is one."""
+    def _add_gradients(self, batches, pairs: int, trajectories, advantages, text, bar) -> torch.Tensor:
+        """Adds up the gradients of an update's micro-batches; nothing in here waits for the device.
+
+        Returns:
+            Sums over each micro-batch, float32 (micro-batches, S), on the device: ``STATISTICS``, the loss, the KL.
+        """
+        seen = []
+        for batch in batches:
+            real = len(batch) > 0  # else any pair, with weight 0, to keep in step with the other ranks
+            at = torch.from_numpy(batch) if real else torch.tensor([[0, self.steps_trained[0]]])
+            terms, loss, kl = self._loss(trajectories, advantages, at, *text)
+            self.engine.backward(loss.sum() * real / pairs, last=batch is batches[-1])
+            sums = torch.cat([terms.statistics, *(value.sum()[None] for value in (loss.detach(), *kl))])
+            seen.append(sums if real else torch.zeros_like(sums))
+            bar.update(len(batch))
+        return torch.stack(seen)
+
+    def _loss(self, trajectories, advantages, at, cond, uncond, row):
+        """Of (trajectory, step) pairs, float32 (B,): policy terms, the whole loss, and in a list the KL where there is one.
+
+        Args:
+            at: int64 (B, 2), on the host. cond, uncond: of distinct prompts. row: int64 (N,), which of them a trajectory has.
+        """
         config = self.config
-        x_t, x_prev = trajectories.latents[step, i], trajectories.latents[step + 1, i]
+        i, step = upload(at, self.device).unbind(1)
+        x_t, x_prev = trajectories.pairs(at, i, step)
+        cond, uncond = cond[row[i]], None if uncond is None else uncond[row[i]]
         a, b, sigma, weight = (column[step] for column in self._columns)
         outputs = self.denoiser.predict(x_t, self._timesteps[step], cond, uncond)
         terms = kernels.backend(config.kernels, self.device).policy_loss(
@@ -317,12 +333,12 @@ class Trainer:
         With gradients on where an update's micro-batch is as large, so that what differs with them shows.
         """
         n = min(self.config.memory.rollout_batch, len(trajectories.prompts))
-        cond, uncond = self.denoiser.encode(trajectories.prompts[:n], self.config.sampling)
-        i = torch.arange(n, device=self.device)
+        text = (*self.denoiser.encode(trajectories.prompts[:n], self.config.sampling), torch.arange(n, device=self.device))
         zeros, worst = torch.zeros(len(trajectories.prompts), device=self.device), 0.0
         with nullcontext() if n <= self.config.memory.update_batch else torch.no_grad():
             for step in sorted({int(self.steps_trained[0]), int(self.steps_trained[-1])}):
-                terms, *_ = self._loss(trajectories, zeros, i, torch.full_like(i, step), cond, uncond)
+                at = torch.stack([torch.arange(n), torch.full((n,), step)], 1)
+                terms, *_ = self._loss(trajectories, zeros, at, *text)
                 worst = max(worst, (terms.ratio - 1).abs().nan_to_num(math.inf).max().item())
         worst = float(self.ranks.gather(np.array(worst)).max())
         if math.isinf(worst):

@@ -124,9 +124,9 @@ def record_pairs(trainer: Trainer) -> list[list[tuple[int, int]]]:
     """The (trajectory, timestep) pairs of each micro-batch whose loss is computed."""
     batches, loss = [], trainer._loss
 
-    def recorded(trajectories, advantages, i, step, cond, uncond):
-        batches.append(list(zip(i.tolist(), step.tolist(), strict=True)))
-        return loss(trajectories, advantages, i, step, cond, uncond)
+    def recorded(trajectories, advantages, at, *text):
+        batches.append([tuple(pair) for pair in at.tolist()])
+        return loss(trajectories, advantages, at, *text)
 
     trainer._loss = recorded
     return batches

@@ -83,6 +83,7 @@ class Denoiser:
         self.model = unet  # what computes its forward: an engine may put its own around it
         self._embeddings: dict[str | None, tuple[torch.Tensor, ...]] = {}
         self._reference: dict[str, torch.Tensor] | None = None
+        self._offloaded = False
         for module in self.parts.values():
             module.requires_grad_(False).to(device).eval()  # eval: no dropout, so that ratios start at 1
         unet.to(memory_format=torch.channels_last)
@@ -244,18 +245,52 @@ class Denoiser:
         _, height, width = self.latent_shape(sampling.height, sampling.width)
         return height * self.scale_factor, width * self.scale_factor
 
+    def offload_frozen(self) -> None:
+        """From now on text encoders and VAE rest in the host's memory and are on the device only while they compute.
+
+        Their weights never change, so they are copied one way only. On a CPU there is nothing to do.
+        """
+        if self.device.type == "cpu":
+            return
+        self._offloaded = True
+        for module in (*self.text_encoders.values(), self.vae):
+            module.to("cpu")
+            if self.device.type == "cuda":  # pinned, so that the host does not wait for the copy
+                for tensor in (*module.parameters(), *module.buffers()):
+                    tensor.data = tensor.data.pin_memory()
+
+    @contextmanager
+    def _present(self, *modules: torch.nn.Module) -> Iterator[None]:
+        """Within it these parts are on the device."""
+        if not self._offloaded:
+            yield
+            return
+        inner = [m for module in modules for m in module.modules()]
+        resting = [(of, dict(of)) for m in inner for of in (m._parameters, m._buffers)]
+        for of, tensors in resting:
+            for name, tensor in tensors.items():
+                if tensor is not None:
+                    copy = tensor.detach().to(self.device, non_blocking=True)
+                    of[name] = torch.nn.Parameter(copy, False) if isinstance(tensor, torch.nn.Parameter) else copy
+        try:
+            yield
+        finally:
+            for of, tensors in resting:
+                of.update(tensors)
+
     @torch.no_grad()
     def encode(self, prompts: list[str], sampling: SamplingConfig):
         """Conditioning of n prompts and, where guidance is on, of the negative prompt; each text is encoded once."""
         texts = [*prompts, sampling.negative_prompt or None] if sampling.guidance_scale != 1 else prompts
-        found = {}  # of this call: the cache may hold fewer
-        for text in dict.fromkeys(texts):
-            if text not in self._embeddings:
-                if len(self._embeddings) >= CACHED_PROMPTS:
-                    del self._embeddings[next(iter(self._embeddings))]
+        distinct = dict.fromkeys(texts)
+        found = {text: self._embeddings[text] for text in distinct if text in self._embeddings}
+        if len(found) < len(distinct):
+            with self._present(*self.text_encoders.values()):
                 # One text at a time: the result must not depend on which prompts came along.
-                self._embeddings[text] = self.embed(text)
-            found[text] = self._embeddings[text]
+                found |= {text: self.embed(text) for text in distinct if text not in found}
+            self._embeddings |= found
+            while len(self._embeddings) > CACHED_PROMPTS:
+                del self._embeddings[next(iter(self._embeddings))]
         cond = self.condition([found[prompt] for prompt in prompts], sampling)
         if len(texts) == len(prompts):
             return cond, None
@@ -300,21 +335,22 @@ class Denoiser:
         Raises:
             RunFailed: values are not finite in float32 either.
         """
-        vae, pictures = self.vae, []
-        for chunk in latents.split(batch):
-            z = self._unscaled(chunk)
-            x = vae.decode(z.to(vae.dtype), return_dict=False)[0].float()
-            finite = x.isfinite().flatten(1).all(1)  # as uint8 the others would pass for pictures, and be rewarded
-            if vae.dtype != torch.float32 and not finite.all():
-                before = vae.dtype
-                x[~finite] = vae.float().decode(z[~finite], return_dict=False)[0]
-                finite = x.isfinite().flatten(1).all(1)
-                vae.to(before)  # the same weights again: rounding them twice changes nothing
-            if not finite.all():
-                raise RunFailed("the decoded pictures are not finite, in float32 either: the latents or the VAE are broken")
-            x = (x / 2 + 0.5).clamp(0, 1) * 255
-            pictures.append(x.round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy())
-        return np.concatenate(pictures)
+        with self._present(self.vae):
+            return np.concatenate([self._decode(chunk) for chunk in latents.split(batch)])
+
+    def _decode(self, latents: torch.Tensor) -> np.ndarray:
+        vae, z = self.vae, self._unscaled(latents)
+        x = vae.decode(z.to(vae.dtype), return_dict=False)[0].float()
+        finite = x.isfinite().flatten(1).all(1)  # as uint8 the others would pass for pictures, and be rewarded
+        if vae.dtype != torch.float32 and not finite.all():
+            before = vae.dtype
+            x[~finite] = vae.float().decode(z[~finite], return_dict=False)[0]
+            finite = x.isfinite().flatten(1).all(1)
+            vae.to(before)  # the same weights again: rounding them twice changes nothing
+        if not finite.all():
+            raise RunFailed("the decoded pictures are not finite, in float32 either: the latents or the VAE are broken")
+        x = (x / 2 + 0.5).clamp(0, 1) * 255
+        return x.round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
     def _unscaled(self, latents: torch.Tensor) -> torch.Tensor:
         """The VAE's own latents of those that are denoised."""
