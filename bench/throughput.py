@@ -102,7 +102,7 @@ MODELS = {  # what differs; batch: images per forward, the same in sampling and 
     },
 }
 LORA_RANK = 4  # TRL's, which cannot be set
-SCALES = {"batch": (4, 8, 32), "K": (2, 4, 8), "T": (4, 16, 32)}
+SCALES = {"batch": (4, 32), "K": (2, 8), "T": (4, 16)}
 
 
 def case_config(model: str, adapter: str, overrides=()) -> Config:
@@ -475,9 +475,8 @@ def scaling_table(summary: dict) -> str:
     systems = list(dict.fromkeys(row["system"] for case in summary["scaling"] for row in case["rows"]))
     lines = []
     for case in summary["scaling"]:
-        found = {row["system"]: row for row in case["rows"]}
-        cells = [f"{found[name]['images_per_s']:.3g}" if not found[name]["problem"] else "-" for name in systems]
-        lines.append([case["changed"], *cells])
+        rates = {row["system"]: f"{row['images_per_s']:.3g}" for row in case["rows"] if not row["problem"]}
+        lines.append([case["changed"], *(rates.get(name, "-") for name in systems)])
     return markdown(["changed", *systems], lines)
 
 
@@ -486,20 +485,17 @@ def markdown(head: list[str], lines: list[list[str]]) -> str:
     return "\n".join([rows[0], "|" + "---|" * len(head), *rows[1:]])
 
 
-def scaling(model: str, adapter: str, systems: list[str], args: argparse.Namespace) -> list[dict]:
+def scaling(model: str, adapter: str, first: dict, args: argparse.Namespace) -> list[dict]:
     """The first case with one number changed: batch, K with as many images, T. The baseline has no K."""
-    base, found = case_config(model, adapter, args.set), []
+    systems = ("baseline", "fastloop")
+    found = [first | {"changed": "nothing", "rows": [row for row in first["rows"] if row["system"] in systems]}]
     keys = ("rollout_batch", "update_batch", "vae_batch")
-    changes = [("as above", [])]
-    changes += [(f"batch {n}", [f"memory.{key}={n}" for key in keys]) for n in SCALES["batch"]]
-    for k in SCALES["K"]:
-        prompts = base.images_per_rollout // k
-        changes.append((f"K {k}", [f"images_per_prompt={k}", f"prompts_per_step={prompts}"]))
+    changes = [(f"batch {n}", [f"memory.{key}={n}" for key in keys]) for n in SCALES["batch"]]
+    changes += [(f"K {k}", [f"images_per_prompt={k}", f"prompts_per_step={first['images'] // k}"]) for k in SCALES["K"]]
     changes += [(f"T {n}", [f"sampling.steps={n}"]) for n in SCALES["T"]]
     for name, overrides in changes:
-        chosen = [system for system in systems if system == "fastloop" or (system == "baseline" and not name.startswith("K "))]
-        case = measure(model, adapter, chosen, args, [*args.set, *overrides])
-        found.append(case | {"changed": name})
+        chosen = [system for system in systems if system == "fastloop" or not name.startswith("K ")]
+        found.append(measure(model, adapter, chosen, args, [*args.set, *overrides]) | {"changed": name})
     return found
 
 
@@ -546,7 +542,7 @@ def main(argv: list[str] | None = None) -> int:
         notes.append("Without a GPU fastloop's kernels are the reference ones: one row for both.")
     started = time.perf_counter()
     cases = [measure(m, a, systems, args, args.set) for m in chosen["models"] for a in chosen["adapters"]]
-    scaled = scaling(chosen["models"][0], chosen["adapters"][0], systems, args) if args.scale else []
+    scaled = scaling(chosen["models"][0], chosen["adapters"][0], cases[0], args) if args.scale else []
     summary = {
         "command": shlex.join(["python", "bench/throughput.py", *(sys.argv[1:] if argv is None else argv)]),
         "machine": describe_machine(device) | {"threads": args.threads},

@@ -57,7 +57,7 @@ def test_losses_and_gradients_agree_on_the_same_data(pair):
     i, step = (index.flatten() for index in torch.meshgrid(torch.arange(4), torch.arange(4), indexing="ij"))
     advantages = torch.tensor([1.5, -0.7, 0.2, -5.0])
     cond, uncond = trainer.denoiser.encode(trajectories.prompts, trainer.config.sampling)
-    terms, ours, _ = trainer._loss(trajectories, advantages, i, step, cond[i], None if uncond is None else uncond[i])
+    terms, ours, _ = trainer._loss(trajectories, advantages, torch.stack([i, step], 1), cond, uncond, torch.arange(4))
     text = {name: value[i] for name, value in baseline.encode(trajectories.prompts).items()}
     theirs, logged = baseline.loss(
         trajectories.latents[step, i],
@@ -86,7 +86,8 @@ def test_a_step_that_the_baseline_samples_has_the_log_prob_that_fastloop_gives_i
     replayed = Trajectories(latents, log_probs, prompts, torch.arange(4), samples["images"])
     cond, uncond = trainer.denoiser.encode(prompts, trainer.config.sampling)
     for step in range(4):
-        terms, *_ = trainer._loss(replayed, torch.zeros(4), torch.arange(4), torch.full((4,), step), cond, uncond)
+        at = torch.stack([torch.arange(4), torch.full((4,), step)], 1)
+        terms, *_ = trainer._loss(replayed, torch.zeros(4), at, cond, uncond, torch.arange(4))
         torch.testing.assert_close(terms.log_prob, log_probs[step], rtol=1e-5, atol=1e-5)
 
 
