@@ -1,6 +1,6 @@
 """A profile of one iteration: a trace for the browser, where the time goes, and how often the loop waits for the device.
 
-`fastloop train CONFIG --profile` writes RUN/profile/trace.json (for ui.perfetto.dev or chrome://tracing) and top.txt beside it.
+`fastloop train CONFIG --profile` writes RUN/profile/trace.json, for ui.perfetto.dev or chrome://tracing, and top.txt.
 """
 
 from __future__ import annotations
