@@ -199,7 +199,7 @@ def warm_up(config: Config, size: str) -> None:
 def load_unmapped(*args):
     """A denoiser whose weights are not mapped from their file: its pages would count as resident beside the copies."""
     denoiser = load_denoiser(*args)
-    for module in denoiser.parts.values():
+    for module in (denoiser.unet, denoiser.text_encoder, denoiser.vae):
         for tensor in (*module.parameters(), *module.buffers()):
             tensor.data = tensor.data.clone()
     return denoiser

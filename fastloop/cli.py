@@ -56,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     train = commands.add_parser("train", help="train a model")
     train.add_argument("config", metavar="CONFIG", help="YAML file, such as configs/shapes_demo.yaml")
     train.add_argument("--resume", action="store_true", help="go on with the run in output_dir, or start it")
+    train.add_argument("--profile", action="store_true", help="profile the second iteration into RUN/profile")
     train.set_defaults(run=_train)
 
     plan = commands.add_parser("plan", help="derived numbers, parameters and memory of a run; loads no weights")
@@ -99,6 +100,7 @@ def _train(args: argparse.Namespace) -> int:
 
 def _train_on(ranks, args: argparse.Namespace) -> int:
     from fastloop.plan import derived_lines
+    from fastloop.tracing import profile_iteration
     from fastloop.tracking import read_rows
     from fastloop.trainer import Stopped, Trainer
 
@@ -110,6 +112,8 @@ def _train_on(ranks, args: argparse.Namespace) -> int:
             print(f"resuming after iteration {trainer.iteration}")
         if trainer.not_carried_over:
             print(f"  not carried over: {trainer.not_carried_over}; the weights and all else are")
+        if args.profile and trainer.iteration < config.iterations:
+            print(f"profile      of one iteration, in {profile_iteration(trainer)}")
     try:
         folder = trainer.train()
     except Stopped as stop:

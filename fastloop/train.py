@@ -14,13 +14,15 @@ def main(argv: list[str] | None = None) -> int:
     parser = cli.Parser(prog="fastloop/train.py", description=__doc__)
     parser.add_argument("--config", required=True, help="YAML file, such as configs/shapes_loop.yaml")
     parser.add_argument("--resume", action="store_true", help="go on with the run in output_dir, or start it")
+    parser.add_argument("--profile", action="store_true", help="profile the second iteration into the run's folder")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # of deepspeed's launcher, which also sets LOCAL_RANK
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="such as sampling.steps=20")
     try:
         args = parser.parse_intermixed_args(argv)
     except UserError as error:
         return cli.fail(str(error), 2)
-    return cli.main(["train", args.config, *args.overrides, *(["--resume"] if args.resume else [])])
+    options = [*["--resume"] * args.resume, *["--profile"] * args.profile]
+    return cli.main(["train", args.config, *args.overrides, *options])
 
 
 if __name__ == "__main__":

@@ -139,7 +139,7 @@ class Trainer:
                 if last:
                     break
                 self._leave_if_asked()
-                started = time.perf_counter()
+                started, started_cpu = time.perf_counter(), time.process_time()
                 # 1. prompts, each K times; trajectory numbers key the noise, whatever the batch or the process
                 prompts = self.prompts.draw(self.iteration * config.prompts_per_step, config.prompts_per_step)
                 repeated = [prompt for prompt in prompts for _ in range(config.images_per_prompt)]
@@ -171,6 +171,7 @@ class Trainer:
                     "time/reward": self.rewards.take_seconds(),
                     "time/update": updated - scored,
                     "time/iteration": updated - started,
+                    "time/cpu": time.process_time() - started_cpu,
                 }
                 self._log(metrics)
                 del trajectories  # not beside those of the next iteration
