@@ -74,6 +74,17 @@ class RewardConfig(Strict):
     name: str = Field(description="a registered reward, or MODULE:FUNCTION")
     weight: float = 1.0
     params: dict[str, Any] = {}
+    label: str | None = Field(None, min_length=1, description="its name in metrics and messages; default: name")
+    normalize: Literal["batch", "running"] | None = Field(
+        None, description="by mean and std, of each rollout or of all so far; in training only"
+    )
+    worker: Literal["thread", "process"] = Field("thread", description="who calls it")
+    timeout: Annotated[float, Field(gt=0)] | None = Field(None, description="seconds for one batch, then the run stops")
+
+    @property
+    def key(self) -> str:
+        """What tells it from the other terms."""
+        return self.label or self.name
 
     @field_validator("params")
     @classmethod
@@ -276,6 +287,11 @@ class Config(Strict):
                 "passes_per_rollout: the score function has no importance ratio, so a second pass over the same "
                 "trajectories is biased: set 1, or choose algorithm=loop"
             )
+        for i, reward in enumerate(self.eval.rewards or ()):
+            if reward.normalize is not None:
+                raise ValueError(
+                    f"eval.rewards.{i}.normalize: held-out scores are as they are, so that they can be compared: remove it"
+                )
         if problem := self._engine_problem():
             raise ValueError(problem)
         return self

@@ -23,6 +23,7 @@ from fastloop.errors import RunFailed, UserError
 T = TypeVar("T")
 _FAILED = "fastloop/failed"  # in the launcher's store: "RANK|message" of the first rank that failed
 _POLL, _GRACE = 0.5, 5.0  # seconds: between looks at the store, and for a rank to leave by itself once another has failed
+_LONGEST = 2000  # bytes of a message
 _PATIENCE = timedelta(hours=6)  # a slow reward on one rank is no failure
 
 
@@ -121,6 +122,14 @@ class Ranks:
     def highest(self, value: int) -> int:
         """The highest of the ranks' values."""
         return int(self.gather(np.array(value)).max())
+
+    def first_message(self, message: str) -> str:
+        """The message of the first rank that has one, on every rank; long ones are cut."""
+        text = np.zeros(_LONGEST, np.uint8)
+        encoded = message.encode()[:_LONGEST]
+        text[: len(encoded)] = list(encoded)
+        found = (bytes(row).rstrip(b"\0").decode(errors="ignore") for row in self.gather(text))
+        return next(filter(None, found), "")
 
     def wait(self) -> None:
         """Until every rank has come here."""

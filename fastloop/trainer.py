@@ -27,7 +27,7 @@ from fastloop.config import Config
 from fastloop.denoisers import load_denoiser
 from fastloop.engines.deepspeed import DeepSpeedEngine
 from fastloop.engines.torch import TorchEngine
-from fastloop.errors import RunFailed, UserError
+from fastloop.errors import RewardFailed, RunFailed, UserError
 from fastloop.evaluation import Evaluation, evaluate
 from fastloop.kernels.reference import STATISTICS, transition_mean
 from fastloop.machine import describe_machine
@@ -38,6 +38,7 @@ from fastloop.plan import check, largest_update
 from fastloop.prompts import PromptStream
 from fastloop.ranks import ALONE, Ranks
 from fastloop.report import write_report
+from fastloop.rewards import save_unscored
 from fastloop.rollout import Trajectories, gather_scores, kept_steps, scored_rollout
 from fastloop.rundir import claim_run_dir, write_run
 from fastloop.tracking import Tracker, before_after_grid, image_grid, read_rows
@@ -72,6 +73,8 @@ class Trainer:
         self.folder, checkpoint, resumed = ranks.from_main(lambda: claim_run_dir(config, resume))
         if not (self.folder / "config.yaml").exists():
             raise UserError(f"output_dir: this rank's machine does not see {self.folder}: put it where all machines see it")
+        self.rewards.start()
+        self.eval_rewards.start()
 
         self.denoiser = load_denoiser(config.model, self.device)
         self.denoiser.train_adapter(config.memory.gradient_checkpointing, seed=config.seed)
@@ -161,12 +164,12 @@ class Trainer:
                 self.images += len(repeated)
                 self.seconds = updated - self._started
                 metrics |= reward_metrics(rewards, scores, repeated) | self._image_metrics(trajectories, len(repeated))
+                metrics |= self.rewards.take_times()
                 metrics |= {
                     "advantage/abs_mean": advantages.abs().mean().item(),
                     "advantage/std": advantages.std(correction=0).item(),
                     "time/rollout": sampled - started,
                     "time/reward_wait": scored - sampled,
-                    "time/reward": self.rewards.take_seconds(),
                     "time/update": updated - scored,
                     "time/iteration": updated - started,
                 }
@@ -443,6 +446,7 @@ class Trainer:
             "seconds": self.seconds,
             "skipped": self.skipped,
             "prompt_tracker": self.prompt_tracker.state_dict() if self.prompt_tracker else None,
+            "rewards": self.rewards.state_dict(),
             "rng": torch.get_rng_state(),
             "rng_cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
         }
@@ -467,6 +471,7 @@ class Trainer:
         self.skipped = state["skipped"]
         if self.prompt_tracker:
             self.prompt_tracker.load_state_dict(state["prompt_tracker"])
+        self.rewards.load_state_dict(state["rewards"])
         torch.set_rng_state(state["rng"])
         if state["rng_cuda"] is not None and self.device.type == "cuda":
             torch.cuda.set_rng_state(state["rng_cuda"], self.device)
@@ -496,6 +501,12 @@ class Trainer:
         except Stopped as stop:
             status, message = "stopped", str(stop)
             self._save()
+            raise
+        except RewardFailed as failure:
+            message = str(failure)
+            if failure.unscored is not None:
+                save_unscored(failure, self.folder / "unscored")
+            self._save()  # nothing has changed since the iteration before
             raise
         except BaseException as error:
             own = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

@@ -822,7 +822,7 @@ def test_sample_files_show_the_held_out_prompts_with_their_rewards(straight):
     for row in json.loads((folder / "000003.json").read_text()):
         image = np.array(Image.open(folder / row["file"]))
         assert image.shape == (16, 16, 3) and row["prompt"] in ANIMALS[:3]
-        assert row["reward"] == straight.eval_rewards.terms["jpeg_incompressibility"][1](image[None], [""], [{}])[0]
+        assert row["reward"] == straight.eval_rewards.terms["jpeg_incompressibility"].reward(image[None], [""], [{}])[0]
 
 
 def test_every_iteration_has_prompts_noise_and_an_order_of_its_own(make_trainer):
