@@ -99,7 +99,8 @@ class Rewards:
     """The weighted sum of a configuration, scored in the background.
 
     Args:
-        key: of the list, for messages. share: rewards of the same settings are taken from there, with model and worker.
+        size: (height, width), or ``None`` where prompts and sizes are not known yet. key: of the list, for messages.
+        share: rewards of the same settings are taken from there, with model and worker.
         normalize: whether each term's ``normalize`` counts; only in training, so that held-out scores can be compared.
 
     Raises:
@@ -110,7 +111,7 @@ class Rewards:
         self,
         configs: list[RewardConfig],
         prompts: list[Prompt],
-        size: tuple[int, int],
+        size: tuple[int, int] | None,
         key: str = "rewards",
         share: Rewards | None = None,
         normalize: bool = False,
@@ -127,11 +128,11 @@ class Rewards:
                 term = Term(config, term.reward, term.worker, term.start)
             else:
                 term = _term(config, f"{key}.{i}")
-            if hasattr(term.reward, "validate"):
-                try:
-                    term.reward.validate([prompt.text for prompt in prompts], size)
-                except ValueError as error:
-                    raise UserError(f"{key}.{i}.name: {error}") from None
+            try:
+                if size is not None:
+                    _validate(term.reward, prompts, size)
+            except ValueError as error:
+                raise UserError(f"{key}.{i}.name: {error}") from None
             self.terms[config.key] = term
         self._pending: list[dict[str, Job]] = []
         self._seconds = self._hidden = 0.0
@@ -144,6 +145,11 @@ class Rewards:
             except Exception as error:  # whatever a hub's client, a model's library or a user's reward raises
                 reason = (str(error).strip() or type(error).__name__).splitlines()[0]
                 raise UserError(f"{self.key}.{i}: {term.config.name} cannot start: {reason}") from error
+
+    def validate(self, prompts: list[Prompt], size: tuple[int, int]) -> None:
+        """Raises ``ValueError`` for prompts or a picture size (height, width) that a reward refuses."""
+        for term in self.terms.values():
+            _validate(term.reward, prompts, size)
 
     def submit(self, images: np.ndarray, prompts: list[Prompt]) -> None:
         """Starts scoring a batch: uint8 (n, height, width, 3)."""
@@ -184,6 +190,16 @@ class Rewards:
         """Scores one batch and waits for it."""
         self.submit(images, prompts)
         return self.gather()
+
+    def score_any(self, images: list[np.ndarray], prompts: list[Prompt]) -> np.ndarray:
+        """The weighted sums, float64 (n,), of pictures that may differ in size. Raises ``ValueError`` as `validate` does."""
+        totals = np.zeros(len(images))
+        for size in dict.fromkeys(image.shape[:2] for image in images):
+            rows = [i for i, image in enumerate(images) if image.shape[:2] == size]
+            chosen = [prompts[i] for i in rows]
+            self.validate(chosen, size)
+            totals[rows] = self.score(np.stack([images[i] for i in rows]), chosen).total
+        return totals
 
     def explain(self, image: np.ndarray, prompt: str) -> str | None:
         """What the rewards that can explain themselves say of a picture."""
@@ -247,6 +263,11 @@ def call(label: str, reward: Any, images: np.ndarray, prompts: list[str], metada
         culprit = int(np.flatnonzero(~np.isfinite(values))[0])
         raise failed(f"reward {label} returned {values[culprit]} for the prompt {prompts[culprit]!r}", culprit)
     return values
+
+
+def _validate(reward: Any, prompts: list[Prompt], size: tuple[int, int]) -> None:
+    if hasattr(reward, "validate"):
+        reward.validate([prompt.text for prompt in prompts], size)
 
 
 def _values(reward: Any, images: np.ndarray, prompts: list[str], metadata: list[dict]) -> np.ndarray:
