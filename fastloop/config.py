@@ -56,14 +56,20 @@ class ModelConfig(Strict):
 class PromptsConfig(Strict):
     """Where prompts come from."""
 
-    source: str = Field("shapes_train", description="shapes_train, shapes_heldout, animals, FILE.txt or FILE.jsonl")
-    categories: list[str] | None = Field(None, min_length=1, description="of the shapes sources: only these")
+    source: str = Field(
+        "shapes_train",
+        description="shapes_train, shapes_heldout, animals, FILE.txt, .jsonl or .tsv, a T2I-CompBench folder, hf:OWNER/NAME",
+    )
+    split: str | None = Field(None, min_length=1, description="of a folder or of hf: which part; default: train")
+    column: str = Field("prompt", min_length=1, description="of .tsv and hf: where the prompt stands")
+    categories: list[str] | None = Field(None, min_length=1, description="only these, where prompts have categories")
     limit: Positive | None = Field(None, description="at most so many prompts; categories in equal shares")
 
 
 class EvalPromptsConfig(PromptsConfig):
     """As `prompts`, but the held-out ones."""
 
+    split: str | None = Field(None, min_length=1, description="default: val of a folder, train of hf")
     source: str = Field(None, description="default: shapes_heldout beside the shapes prompts, else prompts.source")
     limit: Positive | None = 50
 
