@@ -4,7 +4,7 @@
 
 Every row is the same iteration of a full fine-tune: K = 4 images of each prompt, the same prompts, noise, steps and number of
 updates. The model has random weights, made anew in a temporary folder: `sd15` has the sizes of Stable Diffusion 1.5, `mid`
-about a quarter of its channels. Prints a Markdown table; writes memory_cpu.json and .png, or memory_GPU.json and .png.
+about a quarter of its channels. Prints a Markdown table; writes memory_cpu.json, .md and .png, or memory_GPU.json and so on.
 
 - Rows are processes of their own. Those with ZeRO are started by `deepspeed`: one rank for each GPU, two ranks on a CPU.
 - peak: of the rank that needs most. On a GPU torch.cuda.max_memory_allocated. On a CPU the resident size (VmHWM, so Linux
@@ -39,14 +39,14 @@ from pathlib import Path
 import torch
 
 from fastloop import cli
+from fastloop import trainer as trainer_module
 from fastloop.config import Config, apply_overrides, dump_config, load_config, parse_config
 from fastloop.denoisers import ASSETS, load_denoiser
 from fastloop.denoisers.sd import DTYPES
-from fastloop.errors import RunFailed, UserError
+from fastloop.errors import UserError
 from fastloop.machine import describe_machine, versions
 from fastloop.plan import plan
 from fastloop.ranks import Ranks
-from fastloop import trainer as trainer_module
 from fastloop.trainer import Trainer
 
 ROWS = {  # name: (label, overrides beyond those of the rows above it)
@@ -359,14 +359,22 @@ def notes_for(rows: list[dict], size: str, on_gpu: bool) -> list[str]:
     """What a reader of the table has to know."""
     notes = []
     if any(row["ranks"] > 1 for row in rows):
-        notes.append("Ranks share out the iteration's trajectories: each samples and trains on its part. Micro-batches are equal.")
+        notes.append(
+            "Ranks share out the iteration's trajectories: each samples and trains on its part. Micro-batches are equal."
+        )
     if any(row["row"].startswith(("zero", "offload")) for row in rows) and size != "sd15":
         notes.append("DeepSpeed's buckets are scaled by the number of parameters, from SD 1.5's size to this model's.")
     if any(row["row"] == "offload" for row in rows):
-        also = "" if on_gpu else " On a CPU offload moves nothing out of the memory that is measured: it shows only what it costs."
+        also = (
+            ""
+            if on_gpu
+            else " On a CPU offload moves nothing out of the memory that is measured: it shows only what it costs."
+        )
         notes.append("Offload replaces 8-bit AdamW by float32 CPU AdamW, which steps in the CPU's memory." + also)
     if not on_gpu:
-        notes.append("Resident size beyond that after the imports. Small freed blocks may stay with the process: an upper bound.")
+        notes.append(
+            "Resident size beyond that after the imports. Small freed blocks may stay with the process: an upper bound."
+        )
     if any(not rank["restartable"] for row in rows for rank in row.get("per_rank", [])):
         notes.append("This system cannot restart VmHWM: every phase includes those before it, and loading.")
     return notes
@@ -398,22 +406,34 @@ def share_text(row: dict) -> str:
     return "-" if row["share_of_plain"] is None else f"{row['share_of_plain']:.0%}"
 
 
-def plot(summary: dict, path: Path) -> None:
-    """A bar for each row that was measured."""
+def plot(rows: list[dict], title: str, path: Path) -> None:
+    """A bar for each row that was measured: the peak of an iteration, and a line where loading needed more or less."""
     from matplotlib.figure import Figure
 
-    rows = [row for row in summary["rows"] if row["problem"] is None]
-    figure = Figure(figsize=(7.6, 1.3 + 0.42 * len(rows)), layout="constrained")
+    rows = [row for row in rows if row["problem"] is None]
+    figure = Figure(figsize=(8, 1.4 + 0.45 * len(rows)), layout="constrained")
     axes = figure.add_subplot()
-    places = range(len(rows))
-    axes.barh(places, [row["peak_bytes"] / 2**20 for row in rows], height=0.62, color="#2f5d8c")
-    figure.savefig(path, dpi=160)
+    unit = 2**30 if max(row["peak_bytes"] for row in rows) >= 2**30 else 2**20
+    bars = axes.barh(range(len(rows)), [row["peak_bytes"] / unit for row in rows], height=0.62, color="#2f5d8c")
+    axes.bar_label(bars, [f"{size_text(row['peak_bytes'])}  {share_text(row)}" for row in rows], padding=4, fontsize=9)
+    loading = [row["loading_bytes"] / unit for row in rows]
+    axes.scatter(loading, range(len(rows)), marker="|", s=260, color="#d1495b", zorder=3, label="while loading")
+    axes.set_yticks(range(len(rows)), [f"{row['label']}  ({row['ranks']} rank{'s' * (row['ranks'] > 1)})" for row in rows])
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.25 * max(row["peak_bytes"] / unit for row in rows))
+    axes.set_xlabel(f"peak of one iteration, of the rank that needs most, {'GiB' if unit == 2**30 else 'MiB'}")
+    axes.set_title(title, fontsize=10, loc="left")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(loc="lower right", frameon=False, fontsize=9)
+    figure.savefig(path, dpi=150)
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = cli.Parser(prog="bench/memory.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     on_gpu = torch.cuda.is_available()
-    parser.add_argument("--model", choices=MODELS, default="sd15" if on_gpu else "mid", help="default: sd15 on a GPU, else mid")
+    parser.add_argument(
+        "--model", choices=MODELS, default="sd15" if on_gpu else "mid", help="default: sd15 on a GPU, else mid"
+    )
     parser.add_argument("--rows", default=",".join(ROWS), help=f"default: {','.join(ROWS)}")
     parser.add_argument("--out", type=Path, default=Path("bench/results"), help="folder (default: bench/results)")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="overrides for every row")
@@ -433,22 +453,56 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         return cli.fail(str(error), 2)
 
-    started, device = time.perf_counter(), torch.device("cuda" if on_gpu else "cpu")
+    started = time.perf_counter()
+    machine = describe_machine(torch.device("cuda" if on_gpu else "cpu"))
     rows = []
     with tempfile.TemporaryDirectory(prefix="fastloop-memory-") as temporary:
         folder = Path(temporary)
         parameters = make_model(args.model, folder / "model")
         configs = configs_for(args.model, folder, parameters, args.set)
-        for name in ROWS:
-            if name in names:
-                row = measure(name, args.model, configs[name], folder, on_gpu) | {"plan": estimate(configs[name])}
-                rows.append(row)
-                print(name, row.get('peak_bytes', 0)/2**20, row["problem"], f"{time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
+        for name in filter(names.__contains__, ROWS):
+            row = measure(name, args.model, configs[name], folder, on_gpu) | {"plan": estimate(configs[name])}
+            rows.append(row)
+            said = row["problem"] or size_text(row["peak_bytes"])
+            print(f"{row['label']}: {said}, {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
     plain = next((row["peak_bytes"] for row in rows if row["row"] == "plain" and not row["problem"]), None)
     for row in rows:
         row["share_of_plain"] = row["peak_bytes"] / plain if plain and not row["problem"] else None
-    print(table(rows))
-    return 0
+    summary = {
+        "command": shlex.join(["python", "bench/memory.py", *(sys.argv[1:] if argv is None else argv)]),
+        "machine": machine,
+        "versions": versions(),
+        "model": args.model,
+        "unet_parameters": parameters,
+        "notes": notes_for(rows, args.model, on_gpu),
+        "seconds": time.perf_counter() - started,
+        "rows": rows,
+    }
+    place = machine["gpu"] if on_gpu else f"CPU, {machine['cpus']} cores"
+    title = f"{args.model}: UNet of {parameters / 1e6:.0f} million parameters, all trained, {place}"
+    text = "\n".join(
+        [
+            f"# Peak memory of one LOOP iteration. {title}",
+            "",
+            f"    {summary['command']}",
+            "",
+            f"torch {summary['versions']['torch']}, deepspeed {summary['versions'].get('deepspeed', '-')}, "
+            f"bitsandbytes {summary['versions'].get('bitsandbytes', '-')}; {summary['seconds']:.0f} s.",
+            "",
+            table(rows),
+            "",
+            *(f"- {note}" for note in summary["notes"]),
+        ]
+    )
+    print(text)
+    args.out.mkdir(parents=True, exist_ok=True)
+    base = args.out / f"memory_{machine['gpu'].replace(' ', '_') if on_gpu else 'cpu'}"
+    base.with_suffix(".json").write_text(json.dumps(summary, indent=1) + "\n")
+    base.with_suffix(".md").write_text(text + "\n")
+    if any(row["problem"] is None for row in rows):
+        plot(rows, title, base.with_suffix(".png"))
+    print(f"\n{base}.json, .md, .png")
+    return 1 if any(row["problem"] for row in rows) else 0
 
 
 if __name__ == "__main__":

@@ -307,7 +307,7 @@ class Config(Strict):
         engine, optimizer = self.engine, self.optimizer.name
         if engine.name == "torch":
             for key in ("zero_stage", "offload_optimizer", "offload_parameters", "rollout_parameters", "deepspeed_config"):
-                if getattr(engine, key) not in (None, False):
+                if getattr(engine, key) != type(engine).model_fields[key].default:
                     return f"engine.{key}: only DeepSpeed has it: set engine.name=deepspeed, or leave it out"
             if optimizer == "cpu_adamw":
                 return "optimizer.name: cpu_adamw is for engine.name=deepspeed engine.offload_optimizer=true: set it to adamw"

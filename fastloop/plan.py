@@ -36,6 +36,7 @@ def derived_lines(config: Config, steps_trained: torch.Tensor, world: int = 1) -
     update_forwards = branches * kept * config.passes_per_rollout
     return [
         f"algorithm    {config.algorithm}: advantage {config.advantage}, objective {config.objective}",
+        *([f"engine       {_engine_text(config)}"] if config.engine.name == "deepspeed" else []),
         f"rollout      {config.prompts_per_step} prompts x {config.images_per_prompt} images = {n} trajectories of "
         f"{config.sampling.steps} steps, at most {min(config.memory.rollout_batch, n)} at a time",
         f"pairs        {n} trajectories x {kept} of {len(steps_trained)} trainable steps = {pairs} a pass, "
@@ -47,6 +48,18 @@ def derived_lines(config: Config, steps_trained: torch.Tensor, world: int = 1) -
         f"in all       {config.iterations} iterations, {config.iterations * n:,} images, "
         f"{config.iterations * config.updates_per_rollout:,} optimizer steps",
     ]
+
+
+def _engine_text(config: Config) -> str:
+    engine = config.engine
+    parts = [f"DeepSpeed, ZeRO {engine.zero_stage}"]
+    if engine.rollout_parameters == "gathered":
+        parts.append("weights whole on every rank during a rollout")
+    if engine.rollout_parameters == "layerwise":
+        parts.append("weights gathered a layer at a time in a rollout")
+    if engine.offload_optimizer:
+        parts.append(f"optimizer{' and weights' * engine.offload_parameters} in the CPU's memory")
+    return ", ".join(parts)
 
 
 def largest_update(config: Config, steps_trained: torch.Tensor) -> int:

@@ -351,6 +351,86 @@ CROSS_FIELD = [
     ),
 ]
 
+# one for each line of the tables in docs/multi_gpu.md
+ENGINES = [
+    *(
+        (
+            f"engine: {{name: torch, {key}: {value}}}",
+            f"engine.{key}: only DeepSpeed has it: set engine.name=deepspeed, or leave",
+        )
+        for key, value in (
+            ("zero_stage", 0),
+            ("zero_stage", 2),
+            ("offload_optimizer", "true"),
+            ("offload_parameters", "true"),
+            ("rollout_parameters", "gathered"),
+            ("deepspeed_config", "ds.json"),
+        )
+    ),
+    (
+        "optimizer: {name: cpu_adamw}",
+        "optimizer.name: cpu_adamw is for engine.name=deepspeed engine.offload_optimizer=true: set it to adamw",
+    ),
+    *(
+        (
+            f"engine: {{name: deepspeed, zero_stage: {stage}}}\noptimizer: {{name: cpu_adamw}}",
+            "optimizer.name: cpu_adamw steps in the CPU's memory: set engine.offload_optimizer=true, or adamw",
+        )
+        for stage in range(4)
+    ),
+    (
+        "engine: {name: deepspeed, zero_stage: 0, offload_optimizer: true}\noptimizer: {name: cpu_adamw}",
+        "engine.offload_optimizer: engine.zero_stage=0 keeps the optimizer on the device: set it to 1, 2 or 3",
+    ),
+    *(
+        (
+            f"engine: {{name: deepspeed, zero_stage: {stage}, offload_optimizer: true}}\noptimizer: {{name: {optimizer}}}",
+            f"optimizer.name: {optimizer} does not step in the CPU's memory, as engine.offload_optimizer=true wants: "
+            "set it to cpu_adamw",
+        )
+        for stage in (1, 2, 3)
+        for optimizer in ("adamw", "adamw8bit", "paged_adamw8bit", "lion8bit")
+    ),
+    *(
+        (
+            f"engine: {{name: deepspeed, zero_stage: {stage}, offload_parameters: true}}",
+            f"engine.offload_parameters: engine.zero_stage={stage} keeps the weights on every device: set zero_stage=3",
+        )
+        for stage in (0, 1, 2)
+    ),
+    (
+        "engine: {name: deepspeed, zero_stage: 3, offload_parameters: true}",
+        "engine.offload_parameters: the optimizer goes first: set engine.offload_optimizer=true and cpu_adamw",
+    ),
+    *(
+        (
+            f"engine: {{name: deepspeed, zero_stage: {stage}, rollout_parameters: {choice}}}",
+            f"engine.rollout_parameters: with engine.zero_stage={stage} the weights are always whole: leave it out",
+        )
+        for stage in (0, 1, 2)
+        for choice in ("gathered", "layerwise")
+    ),
+    (
+        "engine: {name: deepspeed, zero_stage: 3}\nkl: {weight: 0.1}\nmodel: {adapter: full}",
+        "kl.weight: a full fine-tune's frozen copy is not shared out: set engine.zero_stage=2, or model.adapter=lora",
+    ),
+    (
+        "engine: {name: deepspeed, zero_stage: 3, rollout_parameters: layerwise}\nema: {decay: 0.9}",
+        "ema.decay: the average is put in for evaluation as a whole: set engine.rollout_parameters=gathered",
+    ),
+    ("engine: {name: deepspeed, zero_stage: 4}", "engine.zero_stage: input should be 0, 1, 2 or 3"),
+    ("engine: {name: deepspeed, zero_stage: 3, rollout_parameters: whole}", "engine.rollout_parameters: input should be"),
+    (
+        "engine: {name: deepspeed, device: cpu}\nmodel: {dtype: fp16}",
+        "model.dtype: DeepSpeed has no fp16 on a CPU: set bf16 or fp32",
+    ),
+    (
+        "engine: {name: deepspeed, device: cpu}\noptimizer: {name: paged_adamw8bit}",
+        "optimizer.name: paged_adamw8bit pages its state between GPU and CPU, and this runs on cpu: set it to adamw8bit",
+    ),
+    ("engine: {name: deepspeed, device: cpu, deepspeed_config: none.json}", "engine.deepspeed_config: cannot read none.json"),
+]
+
 WRONG_FILES = [
     ("", "expected keys such as 'algorithm: loop', found nothing"),
     ("# only a comment\n", "expected keys such as 'algorithm: loop', found nothing"),
@@ -388,7 +468,7 @@ BAD_OVERRIDES = [
 ]
 
 BAD_TEXTS = [
-    *((REWARDS + text, "", says) for text, says in [*UNKNOWN_KEYS, *WRONG_VALUES, *CROSS_FIELD]),
+    *((REWARDS + text, "", says) for text, says in [*UNKNOWN_KEYS, *WRONG_VALUES, *CROSS_FIELD, *ENGINES]),
     *((text, "", says) for text, says in [*WRONG_REWARDS, *WRONG_FILES]),
     *((REWARDS, override, says) for override, says in BAD_OVERRIDES),
 ]

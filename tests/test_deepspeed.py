@@ -47,9 +47,7 @@ def environment() -> dict[str, str]:
 
 
 def launch(ranks: int, *args, code: int = 0, timeout: float = 400) -> subprocess.CompletedProcess:
-    done = subprocess.run(
-        command(ranks, *args), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=timeout
-    )
+    done = subprocess.run(command(ranks, *args), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=timeout)
     assert done.returncode == code, done.stdout[-3000:] + done.stderr[-3000:]
     return done
 
@@ -252,10 +250,19 @@ def test_a_run_goes_on_with_another_number_of_ranks_and_another_engine(runs, bas
 
 # --- the command as typed ---------------------------------------------------------------------------------------------
 
-SHORT = (
-    "prompts_per_step=3 images_per_prompt=2 sampling.steps=6 iterations=2 checkpoint.every=1 checkpoint.keep=9 "
-    "eval.prompts.limit=2 eval.images_per_prompt=1 eval.grid=2 memory.rollout_batch=2 tracking.tensorboard=false"
-).split()
+SHORT = [
+    "prompts_per_step=3",
+    "images_per_prompt=2",
+    "sampling.steps=6",
+    "iterations=2",
+    "checkpoint.every=1",
+    "checkpoint.keep=9",
+    "eval.prompts.limit=2",
+    "eval.images_per_prompt=1",
+    "eval.grid=2",
+    "memory.rollout_batch=2",
+    "tracking.tensorboard=false",
+]
 
 
 def recipe(stage: int, folder: Path, *more: str) -> list[str]:
@@ -266,7 +273,14 @@ def recipe(stage: int, folder: Path, *more: str) -> list[str]:
 @pytest.fixture(scope="session")
 def bundled_alone(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("bundled")
-    done = [sys.executable, "fastloop/train.py", "--config", "configs/shapes_loop.yaml", *SHORT, f"output_dir={folder / 'run'}"]
+    done = [
+        sys.executable,
+        "fastloop/train.py",
+        "--config",
+        "configs/shapes_loop.yaml",
+        *SHORT,
+        f"output_dir={folder / 'run'}",
+    ]
     subprocess.run(done, cwd=ROOT, env=environment(), check=True, capture_output=True)
     return folder / "run"
 
@@ -349,7 +363,8 @@ def test_a_failure_on_one_rank_ends_all_with_its_own_message(tmp_path):
     assert time.monotonic() - started < 90
     said = [line for line in done.stderr.splitlines() if line.startswith("fastloop:")]
     assert len(said) == 1 and "Traceback" not in done.stderr
-    message = r"rank 1: reward test_deepspeed:fails_on_the_second_rank failed for the prompt '.*': ConnectionError: the judge is away"
+    name = "test_deepspeed:fails_on_the_second_rank"
+    message = rf"rank 1: reward {name} failed for the prompt '.*': ConnectionError: the judge is away"
     assert re.fullmatch(f"fastloop: {message}", said[0])
     run = json.loads((tmp_path / "run" / "run.json").read_text())
     assert run["status"] == "failed" and re.search(message, run["message"])

@@ -151,6 +151,7 @@ class DeepSpeedEngine:
                 free.bind(("127.0.0.1", 0))
                 address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo", init_method=address, rank=0, world_size=1)
+            os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed looks for it
         self.unet, self.parameters, self.ranks = unet, parameters, ranks
         self.stage, self.dtype = config.engine.zero_stage, config.model.dtype
         self.max_grad_norm = config.optimizer.max_grad_norm
@@ -159,7 +160,7 @@ class DeepSpeedEngine:
         if self._clips_itself:
             settings["gradient_clipping"] = 0.0
         for p in unet.parameters():  # it broadcasts and flattens weights as if they were contiguous
-            if p.dim() == 4:  # .contiguous() leaves the strides of a 1 x 1 convolution as they are
+            if p.dim() == 4:  # a clone: .contiguous() leaves the strides of a 1 x 1 convolution as they are
                 p.data = p.data.clone(memory_format=torch.contiguous_format)
         try:
             self.model, *_ = deepspeed.initialize(
@@ -173,7 +174,7 @@ class DeepSpeedEngine:
         if self.stage < 3:
             for p in unet.parameters():
                 if p.dim() == 4 and not p.requires_grad:
-                    p.data = p.data.contiguous(memory_format=torch.channels_last)
+                    p.data = p.data.clone(memory_format=torch.channels_last)
         for name, value in start.items():  # it made them from the rounded weights
             self._set_master(parameters[name], value)
 
