@@ -204,6 +204,9 @@ class SafetyConfig(Strict):
     max_clipfrac: Fraction = Field(0.9, description="alarm: share of clipped pairs above this")
     min_image_entropy: Annotated[float, Field(ge=0)] = Field(0.5, description="alarm: bits; a flat picture has 0")
     max_image_saturation: Fraction = Field(0.9, description="alarm: share of pixel values at 0 or 255")
+    held_out_errors: Annotated[float, Field(gt=0)] | None = Field(
+        2.0, description="alarm: a held-out reward falls by so many standard errors while the training reward rises"
+    )
 
 
 class Config(Strict):

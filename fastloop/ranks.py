@@ -124,12 +124,14 @@ class Ranks:
         return int(self.gather(np.array(value)).max())
 
     def first_message(self, message: str) -> str:
-        """The message of the first rank that has one, on every rank; long ones are cut."""
+        """The message of the first rank that has one, on every rank, with that rank's number where it is another one's."""
         text = np.zeros(_LONGEST, np.uint8)
-        encoded = message.encode()[:_LONGEST]
-        text[: len(encoded)] = list(encoded)
-        found = (bytes(row).rstrip(b"\0").decode(errors="ignore") for row in self.gather(text))
-        return next(filter(None, found), "")
+        encoded = np.frombuffer(message.encode()[:_LONGEST], np.uint8)
+        text[: len(encoded)] = encoded
+        for rank, row in enumerate(self.gather(text)):
+            if found := row.tobytes().rstrip(b"\0").decode(errors="ignore"):
+                return found if rank == self.rank else f"rank {rank}: {found}"
+        return ""
 
     def wait(self) -> None:
         """Until every rank has come here."""
@@ -175,7 +177,7 @@ class Ranks:
         if not first:
             sys.stderr.flush()
             os._exit(2 if isinstance(error, UserError) else 1)  # quietly: the one that failed has said why
-        if not self.main and isinstance(error, (UserError, RunFailed)):
+        if not self.main and isinstance(error, (UserError, RunFailed)) and not message.startswith("rank "):
             raise kind(f"rank {self.rank}: {message}") from error
 
     def _watch(self) -> None:

@@ -31,7 +31,7 @@ from fastloop.errors import RewardFailed, RunFailed, UserError
 from fastloop.evaluation import Evaluation, evaluate
 from fastloop.kernels.reference import STATISTICS, transition_mean
 from fastloop.machine import describe_machine
-from fastloop.metrics import image_statistics, reward_metrics
+from fastloop.metrics import held_out_falling, image_statistics, reward_metrics
 from fastloop.objectives import gaussian_kl
 from fastloop.optimizers import Ema, holding
 from fastloop.plan import check, largest_update
@@ -45,6 +45,7 @@ from fastloop.tracking import Tracker, before_after_grid, image_grid, read_rows
 from fastloop.transitions import TransitionTable
 
 DEVIATION = STATISTICS.index("ratio_max_dev")  # a maximum; the other statistics are sums
+ALARMS = ("group_std", "clipfrac", "entropy", "saturation", "held_out")
 MAX_SKIPPED = 8  # non-finite updates in a row that loss scaling may skip while it finds its scale
 
 
@@ -110,6 +111,7 @@ class Trainer:
                 config=config.model_dump(mode="json"),
                 resume_iteration=None if not resumed else -1 if checkpoint is None else self.iteration,
             )
+            self._look_for_hacking()
         self._stop_signal: int | None = None
         self._paces, self._eval_seconds = deque(maxlen=20), 0.0  # for the time left
         columns = (self.table.a, self.table.b, self.table.sigma, step_weights(self.table, self.steps_trained, config))
@@ -364,8 +366,18 @@ class Trainer:
             "clipfrac": (clipped and metrics["policy/clipfrac"] > safety.max_clipfrac, "nearly every pair is clipped"),
             "entropy": (metrics["image/entropy"] < safety.min_image_entropy, "pictures go flat"),
             "saturation": (metrics["image/saturation"] > safety.max_image_saturation, "pictures are burnt out"),
+            "held_out": (
+                bool(self._falling),
+                f"held out, {', '.join(self._falling)} fell by more than its error while the training reward rose",
+            ),
         }
         return {name: text for name, (fired, text) in found.items() if fired}
+
+    def _look_for_hacking(self) -> None:
+        """At the start, and after each evaluation: what `alarm/held_out` says until the next one."""
+        errors, weights = self.config.safety.held_out_errors, {r.key: r.weight for r in self.config.rewards}
+        rows, evals = (read_rows(self.folder / f"{name}.jsonl") for name in ("metrics", "eval"))
+        self._falling = [] if errors is None else held_out_falling(rows, evals, weights, errors)
 
     # --- records -------------------------------------------------------------------------------------------------------
 
@@ -377,7 +389,7 @@ class Trainer:
         if not self.ranks.main:
             return
         alarms = self._alarms(metrics)
-        metrics |= {f"alarm/{name}": float(name in alarms) for name in ("group_std", "clipfrac", "entropy", "saturation")}
+        metrics |= {f"alarm/{name}": float(name in alarms) for name in ALARMS}
         self.tracker.log({"iteration": self.iteration, "images": self.images, "seconds": self.seconds, **metrics})
         self._paces.append(metrics["time/iteration"])
         left = self.config.iterations - self.iteration
@@ -409,6 +421,7 @@ class Trainer:
         row = result.row() | {"iteration": self.iteration, "images": self.images, "seconds": self.seconds}
         self._eval_seconds = time.perf_counter() - started
         self.tracker.log_eval(row | {"time/eval": self._eval_seconds})
+        self._look_for_hacking()
         print(f"  held-out score {result.mean:.3f} ± {result.stderr:.3f} after {self.images} images", flush=True)
 
     def _save_samples(self, result: Evaluation) -> None:

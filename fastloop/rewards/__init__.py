@@ -67,8 +67,8 @@ class Moments:
     squares: float = 0.0
 
     def add(self, values: np.ndarray) -> None:
-        n, delta = len(values), values.mean() - self.mean
-        self.squares += ((values - values.mean()) ** 2).sum() + delta**2 * self.count * n / (self.count + n)
+        n, delta = len(values), float(values.mean()) - self.mean
+        self.squares += float(((values - values.mean()) ** 2).sum()) + delta**2 * self.count * n / (self.count + n)
         self.mean += delta * n / (self.count + n)
         self.count += n
 
