@@ -9,8 +9,21 @@ EXTRAS = {
     "bnb": ["bitsandbytes>=0.48"],
     "xformers": ["xformers>=0.0.30"],
     "wandb": ["wandb>=0.18"],
-    "test": ["bitsandbytes>=0.48", "deepspeed>=0.18", "pytest>=8", "pytest-benchmark>=5", "pytest-timeout>=2.3", "ruff>=0.9"],
+    "datasets": ["datasets>=3"],
+    "ocr": ["rapidocr>=3.4", "onnxruntime>=1.20"],
+    "serve": ["starlette>=0.40", "uvicorn>=0.30"],
+    "spacy": ["spacy>=3.7"],
 }
+EXTRAS["test"] = [
+    *EXTRAS["bnb"],
+    *EXTRAS["deepspeed"],
+    *EXTRAS["ocr"],
+    *EXTRAS["serve"],
+    "pytest>=8",
+    "pytest-benchmark>=5",
+    "pytest-timeout>=2.3",
+    "ruff>=0.9",
+]
 
 setup(
     name="fastloop",

@@ -1,4 +1,4 @@
-"""The command line: ``fastloop train | plan | sample | eval | report | info``.
+"""The command line: ``fastloop train | plan | sample | eval | score | serve-reward | report | info``.
 
 Exit codes: 0 done; 1 the run failed; 2 bad input; 130 and 143 stopped by SIGINT and SIGTERM with a checkpoint.
 """
@@ -79,6 +79,21 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--json", type=Path, help="also write the numbers to this file")
     evaluate.set_defaults(run=_eval)
 
+    score = commands.add_parser("score", help="try a reward on pictures")
+    score.add_argument("--reward", metavar="NAME", required=True, help="a built-in reward, or MODULE:FUNCTION")
+    score.add_argument("images", metavar="IMAGE", nargs="+", type=Path)
+    score.add_argument("--prompt", action="append", default=[], help="one for all pictures, or once for each")
+    score.add_argument("--params", action="append", default=[], metavar="KEY=VALUE", help="may be given more than once")
+    score.set_defaults(run=_score)
+
+    serve = commands.add_parser("serve-reward", help="serve the rewards of a configuration over HTTP")
+    serve.add_argument("config", metavar="CONFIG", help="a YAML file; its rewards are served, as a weighted sum")
+    serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
+    serve.add_argument("--port", type=int, default=8000, help="0: a free one (default: 8000)")
+    serve.add_argument("--token-env", metavar="NAME", help="environment variable with a token that requests must carry")
+    serve.add_argument("--max-mb", type=int, default=64, help="largest request (default: 64)")
+    serve.set_defaults(run=_serve_reward)
+
     report = commands.add_parser("report", help="make a run's report.html anew")
     report.add_argument("folder", metavar="RUN", type=Path)
     report.set_defaults(run=_report)
@@ -86,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     info = commands.add_parser("info", help="what this machine can do")
     info.set_defaults(run=_info)
 
-    for command in (train, plan, sample, evaluate):
+    for command in (train, plan, sample, evaluate, serve):
         command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="such as sampling.steps=20")
     return parser
 
@@ -237,6 +252,7 @@ def _eval(args: argparse.Namespace) -> int:
     size = build_skeleton(config.model).image_size(config.sampling)
     own = config.eval.rewards
     rewards = Rewards(own or config.rewards, prompts, size, "eval.rewards" if own else "rewards")
+    rewards.start()
     result = evaluate(load(), config, prompts, rewards)
     rewards.close()
     row = result.row()
@@ -247,6 +263,56 @@ def _eval(args: argparse.Namespace) -> int:
         print(f"{name:{width}}  {part['mean']:6.3f}  {part['stderr']:6.3f}  {part['n']}")
     if args.json:
         args.json.write_text(json.dumps(plain(row), indent=1, allow_nan=False))
+    return 0
+
+
+def _score(args: argparse.Namespace) -> int:
+    import numpy as np
+    from PIL import Image, UnidentifiedImageError
+
+    from fastloop.config import RewardConfig, apply_overrides
+    from fastloop.prompts import Prompt
+    from fastloop.rewards import Rewards
+
+    if len(args.prompt) not in (0, 1, len(args.images)):
+        raise UserError(f"--prompt: {len(args.prompt)} prompts for {len(args.images)} pictures: give one, or one for each")
+    texts = args.prompt if len(args.prompt) > 1 else (args.prompt or [""]) * len(args.images)
+    config = RewardConfig(name=args.reward, params=apply_overrides({}, args.params))
+    images = []
+    for path in args.images:
+        try:
+            with Image.open(path) as image:
+                images.append(np.asarray(image.convert("RGB")))
+        except (OSError, ValueError, UnidentifiedImageError) as error:
+            raise UserError(f"{path}: {getattr(error, 'strerror', None) or 'no picture'}") from None
+    rewards = Rewards([config], [], None, "--reward")
+    rewards.start()
+    try:
+        values = rewards.score_any(images, [Prompt(text) for text in texts])
+    except ValueError as error:
+        raise UserError(f"--prompt: {error}") from None
+    for value, path, image, text in zip(values, args.images, images, texts, strict=True):
+        note = rewards.explain(image, text)
+        print(f"{value:12.6g}  {path}{f'  {note}' if note else ''}")
+    rewards.close()
+    return 0
+
+
+def _serve_reward(args: argparse.Namespace) -> int:
+    from fastloop.rewards import Rewards
+    from fastloop.rewards.server import serve
+
+    config = load_config(args.config, args.overrides)
+    if args.max_mb < 1 or not 0 <= args.port < 2**16:
+        raise UserError("--max-mb: at least 1" if args.max_mb < 1 else "--port: 0 to 65535")
+    token = None
+    if args.token_env is not None and not (token := os.environ.get(args.token_env)):
+        raise UserError(f"--token-env: the environment variable {args.token_env} is not set")
+    rewards = Rewards(config.rewards, [], None)
+    try:
+        serve(rewards, args.host, args.port, token, args.max_mb * 2**20)
+    finally:
+        rewards.close()
     return 0
 
 

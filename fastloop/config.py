@@ -78,14 +78,20 @@ class ModelConfig(Strict):
 class PromptsConfig(Strict):
     """Where prompts come from."""
 
-    source: str = Field("shapes_train", description="shapes_train, shapes_heldout, animals, FILE.txt or FILE.jsonl")
-    categories: list[str] | None = Field(None, min_length=1, description="of the shapes sources: only these")
+    source: str = Field(
+        "shapes_train",
+        description="shapes_train, shapes_heldout, animals, FILE.txt, .jsonl or .tsv, a T2I-CompBench folder, hf:OWNER/NAME",
+    )
+    split: str | None = Field(None, min_length=1, description="of a folder or of hf: which part; default: train")
+    column: str = Field("prompt", min_length=1, description="of .tsv and hf: where the prompt stands")
+    categories: list[str] | None = Field(None, min_length=1, description="only these, where prompts have categories")
     limit: Positive | None = Field(None, description="at most so many prompts; categories in equal shares")
 
 
 class EvalPromptsConfig(PromptsConfig):
     """As `prompts`, but the held-out ones."""
 
+    split: str | None = Field(None, min_length=1, description="default: val of a folder, train of hf")
     source: str = Field(None, description="default: shapes_heldout beside the shapes prompts, else prompts.source")
     limit: Positive | None = 50
 
@@ -96,6 +102,17 @@ class RewardConfig(Strict):
     name: str = Field(description="a registered reward, or MODULE:FUNCTION")
     weight: float = 1.0
     params: dict[str, Any] = {}
+    label: str | None = Field(None, min_length=1, description="its name in metrics and messages; default: name")
+    normalize: Literal["batch", "running"] | None = Field(
+        None, description="by mean and std, of each rollout or of all so far; in training only"
+    )
+    worker: Literal["thread", "process"] = Field("thread", description="who calls it")
+    timeout: Annotated[float, Field(gt=0)] | None = Field(None, description="seconds for one batch, then the run stops")
+
+    @property
+    def key(self) -> str:
+        """What tells it from the other terms."""
+        return self.label or self.name
 
     @field_validator("params")
     @classmethod
@@ -220,6 +237,9 @@ class SafetyConfig(Strict):
     max_clipfrac: Fraction = Field(0.9, description="alarm: share of clipped pairs above this")
     min_image_entropy: Annotated[float, Field(ge=0)] = Field(0.5, description="alarm: bits; a flat picture has 0")
     max_image_saturation: Fraction = Field(0.9, description="alarm: share of pixel values at 0 or 255")
+    held_out_errors: Annotated[float, Field(gt=0)] | None = Field(
+        2.0, description="alarm: a held-out reward falls by so many standard errors while the training reward rises"
+    )
 
 
 class Config(Strict):
@@ -312,6 +332,11 @@ class Config(Strict):
                 "passes_per_rollout: the score function has no importance ratio, so a second pass over the same "
                 "trajectories is biased: set 1, or choose algorithm=loop"
             )
+        for i, reward in enumerate(self.eval.rewards or ()):
+            if reward.normalize is not None:
+                raise ValueError(
+                    f"eval.rewards.{i}.normalize: held-out scores are as they are, so that they can be compared: remove it"
+                )
         if problem := self._engine_problem():
             raise ValueError(problem)
         return self

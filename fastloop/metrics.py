@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 
@@ -21,6 +23,40 @@ def reward_metrics(rewards: torch.Tensor, scores: Scores, prompts: list[Prompt])
     for category in sorted({c for c in categories if c is not None}):
         metrics[f"reward/category/{category}"] = float(scores.total[categories == category].mean())
     return metrics
+
+
+def held_out_falling(
+    rows: list[dict[str, Any]], evals: list[dict[str, Any]], weights: dict[str, float], errors: float
+) -> list[str]:
+    """The held-out rewards that fall while the training reward rises: reward hacking, or overfitting to the prompts.
+
+    A held-out reward falls where its newest mean is below its best earlier one by more than ``errors`` standard errors of the
+    difference, the two taken as independent. The training reward rises where it is higher now than it was then: the weighted
+    sum of `reward/LABEL`, averaged over the iterations between two evaluations, and at the start that of the first iteration.
+
+    Args:
+        rows: of metrics.jsonl. evals: of eval.jsonl. weights: of the training rewards, by label.
+    """
+    if len(evals) < 2 or not rows:
+        return []
+    train = np.array([sum(weight * row[f"reward/{label}"] for label, weight in weights.items()) for row in rows])
+    iterations = np.array([row["iteration"] for row in rows])
+    ends = np.array([row["iteration"] for row in evals])
+
+    def level(i: int) -> float:
+        between = (iterations > ends[i - 1]) & (iterations <= ends[i]) if i else iterations == iterations[0]
+        return train[between].mean() if between.any() else np.nan
+
+    falling = []
+    for name in evals[-1]["rewards"]:
+        estimates = [row["rewards"][name] for row in evals]
+        means = np.array([estimate["mean"] for estimate in estimates])
+        spreads = np.array([estimate["stderr"] or 0.0 for estimate in estimates])  # null with one prompt
+        best = int(means[:-1].argmax())
+        bound = errors * np.hypot(spreads[best], spreads[-1])
+        if means[best] - means[-1] > bound and level(len(evals) - 1) > level(best):
+            falling.append(name)
+    return falling
 
 
 def image_statistics(images: np.ndarray) -> dict[str, np.ndarray]:

@@ -173,12 +173,14 @@ def check(config: Config, ranks: Ranks = ALONE) -> Checked:
     if config.engine.name == "deepspeed":
         deepspeed_settings(config, ranks.world, largest_update(config, steps_trained), 1)
     own = config.eval.rewards
+    rewards = Rewards(config.rewards, prompts, size, normalize=True)
+    eval_key = "eval.rewards" if own else "rewards, on eval.prompts"
     return Checked(
         device=device,
         prompts=prompts,
         eval_prompts=eval_prompts,
-        rewards=Rewards(config.rewards, prompts, size),
-        eval_rewards=Rewards(own or config.rewards, eval_prompts, size, "eval.rewards" if own else "rewards, on eval.prompts"),
+        rewards=rewards,
+        eval_rewards=Rewards(own or config.rewards, eval_prompts, size, eval_key, share=rewards),
         table=table,
         steps_trained=steps_trained,
         skeleton=skeleton,

@@ -1,10 +1,12 @@
-"""Where prompts come from: the shapes splits, 45 common animals, a text file, a JSONL file."""
+"""Where prompts come from: the shapes splits, 45 common animals, files, T2I-CompBench, data sets of the hub."""
 
 from __future__ import annotations
 
+import csv
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from itertools import cycle, islice
+from itertools import cycle, islice, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -36,21 +38,105 @@ def load_prompts(config: PromptsConfig, key: str = "prompts") -> list[Prompt]:
     """The prompts of a source, in a fixed order.
 
     Raises:
-        UserError: unknown source, missing or empty file, a line that cannot be read; ``key`` names the config's key.
+        UserError: unknown source or category, missing or empty file, a line that cannot be read; ``key`` names the
+            config's key.
     """
-    if config.source in ("shapes_train", "shapes_heldout"):
+    source = config.source
+    if source in ("shapes_train", "shapes_heldout"):
         return _shapes(config, key)
-    if config.categories is not None:
-        raise UserError(f"{key}.categories: only the shapes sources have categories: remove it")
-    if config.source == "animals":
+    if source == "animals":
         prompts = [Prompt(animal) for animal in ANIMALS]
-    elif config.source.endswith((".txt", ".jsonl")):
-        prompts = _read(Path(config.source).expanduser(), key)
+    elif source.endswith((".txt", ".jsonl")):
+        prompts = _read(Path(source).expanduser(), key)
+    elif source.endswith(".tsv"):
+        prompts = _read_tsv(Path(source).expanduser(), config.column, key)
+    elif source.startswith("hf:"):
+        prompts = _from_hub(source.removeprefix("hf:"), config, key)
+    elif Path(source).expanduser().is_dir():
+        prompts = _t2i_compbench(Path(source).expanduser(), config, key)
     else:
         raise UserError(
-            f"{key}.source: {config.source!r} is not shapes_train, shapes_heldout, animals, nor a .txt or .jsonl file"
+            f"{key}.source: {source!r} is not shapes_train, shapes_heldout, animals, a .txt, .jsonl or .tsv file, a folder, "
+            "nor hf:OWNER/NAME"
         )
-    return prompts[: config.limit]
+    return _of_categories(prompts, config, key)[: config.limit]
+
+
+def _of_categories(prompts: list[Prompt], config: PromptsConfig, key: str) -> list[Prompt]:
+    if config.categories is None:
+        return prompts
+    known = {prompt.metadata["category"]: None for prompt in prompts if "category" in prompt.metadata}
+    if not known:
+        raise UserError(f"{key}.categories: the prompts of {config.source} have no categories: remove it")
+    for category in config.categories:
+        if category not in known:
+            raise UserError(f"{key}.categories: unknown {category!r}: one of {', '.join(known)}")
+    return [prompt for prompt in prompts if prompt.metadata.get("category") in config.categories]
+
+
+def _t2i_compbench(folder: Path, config: PromptsConfig, key: str) -> list[Prompt]:
+    """T2I-CompBench's examples/dataset: CATEGORY_train.txt and CATEGORY_val.txt, a prompt a line; one of each in turn.
+
+    Its further files, such as color_val_seen.txt and complex_train_action.txt, repeat prompts of these.
+    """
+    split = config.split or ("val" if key == "eval.prompts" else "train")
+    files = sorted(folder.glob(f"*_{split}.txt"))
+    if not files:
+        raise UserError(
+            f"{key}.source: {folder} has no file such as color_{split}.txt: give T2I-CompBench's examples/dataset, or a file"
+        )
+    columns = []
+    for file in files:
+        category = file.name.removesuffix(f"_{split}.txt")
+        if config.categories is None or category in config.categories:
+            columns.append([Prompt(prompt.text, {"category": category}) for prompt in _read(file, key)])
+    if not columns:
+        known = ", ".join(file.name.removesuffix(f"_{split}.txt") for file in files)
+        raise UserError(f"{key}.categories: unknown {config.categories[0]!r}: one of {known}")
+    return [prompt for row in zip_longest(*columns) for prompt in row if prompt is not None]
+
+
+def _read_tsv(path: Path, column: str, key: str) -> list[Prompt]:
+    """A table with a line of column names, as PartiPrompts.tsv; the other columns are metadata, their names in lower case."""
+    rows = csv.DictReader(_lines(path, key), delimiter="\t", quoting=csv.QUOTE_NONE)
+    return _from_rows(rows, [name for name in rows.fieldnames or () if name], column, str(path), key)
+
+
+def _from_hub(name: str, config: PromptsConfig, key: str) -> list[Prompt]:
+    """A data set of the hub, OWNER/NAME or OWNER/NAME:CONFIG, or a folder of one, by the package `datasets`."""
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise UserError(f"{key}.source: hf: needs the package datasets: pip install fastloop[datasets]") from None
+    path, _, part = name.partition(":")
+    try:
+        rows = load_dataset(path, part or None, split=config.split or "train")
+    except Exception as error:  # no network, no such data set or split, a file that cannot be read
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{key}.source: cannot load {config.source}: {reason}") from None
+    plain = [name for name, kind in rows.features.items() if getattr(kind, "dtype", None) in _PLAIN]
+    return _from_rows(rows.select_columns(plain), plain, config.column, config.source, key)  # pictures are not decoded
+
+
+_PLAIN = ("string", "large_string", "bool", "int32", "int64", "float32", "float64")
+
+
+def _from_rows(rows: Iterable[dict[str, Any]], columns: list[str], column: str, where: str, key: str) -> list[Prompt]:
+    found = next((name for name in columns if name.lower() == column.lower()), None)
+    if found is None:
+        raise UserError(f"{key}.column: {where} has no column {column!r}: it has {', '.join(columns) or 'none'}")
+    prompts = []
+    for row in rows:
+        text = row[found]
+        if not isinstance(text, str) or not text.strip():
+            continue
+        more = {name.lower(): row[name] for name in columns if name != found and row[name] not in (None, "")}
+        if "category" in more:
+            more["category"] = str(more["category"])
+        prompts.append(Prompt(text.strip(), more))
+    if not prompts:
+        raise UserError(f"{key}.source: {where} holds no prompts")
+    return prompts
 
 
 def _shapes(config: PromptsConfig, key: str) -> list[Prompt]:
@@ -69,13 +155,16 @@ def _shapes(config: PromptsConfig, key: str) -> list[Prompt]:
     return [prompt for row in zip(*columns, strict=True) for prompt in row][: config.limit]
 
 
-def _read(path: Path, key: str) -> list[Prompt]:
+def _lines(path: Path, key: str) -> list[str]:
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")  # JSON strings may hold other line separators
+        return path.read_text(encoding="utf-8-sig").split("\n")  # JSON strings may hold other line separators
     except (OSError, ValueError) as error:
         raise UserError(f"{key}.source: cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def _read(path: Path, key: str) -> list[Prompt]:
     prompts = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(_lines(path, key), 1):
         if not line.strip():
             continue
         if path.suffix == ".txt":

@@ -23,6 +23,7 @@ from fastloop.errors import RunFailed, UserError
 T = TypeVar("T")
 _FAILED = "fastloop/failed"  # in the launcher's store: "RANK|message" of the first rank that failed
 _POLL, _GRACE = 0.5, 5.0  # seconds: between looks at the store, and for a rank to leave by itself once another has failed
+_LONGEST = 2000  # bytes of a message
 _PATIENCE = timedelta(hours=6)  # a slow reward on one rank is no failure
 
 
@@ -122,6 +123,16 @@ class Ranks:
         """The highest of the ranks' values."""
         return int(self.gather(np.array(value)).max())
 
+    def first_message(self, message: str) -> str:
+        """The message of the first rank that has one, on every rank, with that rank's number where it is another one's."""
+        text = np.zeros(_LONGEST, np.uint8)
+        encoded = np.frombuffer(message.encode()[:_LONGEST], np.uint8)
+        text[: len(encoded)] = encoded
+        for rank, row in enumerate(self.gather(text)):
+            if found := row.tobytes().rstrip(b"\0").decode(errors="ignore"):
+                return found if rank == self.rank else f"rank {rank}: {found}"
+        return ""
+
     def wait(self) -> None:
         """Until every rank has come here."""
         self.highest(0)
@@ -166,7 +177,7 @@ class Ranks:
         if not first:
             sys.stderr.flush()
             os._exit(2 if isinstance(error, UserError) else 1)  # quietly: the one that failed has said why
-        if not self.main and isinstance(error, (UserError, RunFailed)):
+        if not self.main and isinstance(error, (UserError, RunFailed)) and not message.startswith("rank "):
             raise kind(f"rank {self.rank}: {message}") from error
 
     def _watch(self) -> None:

@@ -212,8 +212,46 @@ def _learning(run: _Run) -> str:
                 "The signal LOOP learns from: near zero, all pictures of a prompt score alike.",
             ),
             *_component_figures(run),
+            *_watched_figures(run),
         ]
     )
+
+
+def _watched_figures(run: _Run) -> list[str]:
+    """Each reward that is only watched, over the training reward: apart, they show a reward that is gamed."""
+    trained, watched = (_labels(rewards) for rewards in (run.config.get("rewards"), _of_eval(run).get("rewards")))
+    figures = []
+    for name in (name for name in watched if name not in trained):
+        estimates = [_estimate((row.get("rewards") or {}).get(name)) for row in run.evals]
+        means, errors = (np.array([estimate[k] for estimate in estimates]) for k in (0, 1))
+        title = f"Held-out {name} and training reward"
+        if not np.isfinite(means).any():
+            figures.append(_figure(title, "", "", "No evaluation has a finite score."))
+            continue
+        figure, axes = _axes(f"mean {name}, held out")
+        x = np.array([_number(row.get("iteration")) for row in run.evals])
+        axes.errorbar(x, means, yerr=np.nan_to_num(errors), color=REFERENCE, marker="o", ms=4, lw=1.6, capsize=3)
+        beside = axes.twinx()
+        trained_on = run.column("reward/mean")
+        beside.plot(run.column("iteration"), _running_mean(trained_on, len(trained_on) // 20 | 1), color=LINE, lw=1.4)
+        beside.set_ylabel("training reward", fontsize=10, color=LINE)
+        beside.spines[["top"]].set_visible(False)
+        note = (
+            "Red, left: a reward that is not trained on. Blue, right: the one that is. Blue up and red down is reward hacking."
+        )
+        figures.append(_figure(title, note, _data_uri(figure)))
+    return figures
+
+
+def _of_eval(run: _Run) -> dict[str, Any]:
+    section = run.config.get("eval")
+    return section if isinstance(section, dict) else {}
+
+
+def _labels(rewards: Any) -> list[str]:
+    """The names in metrics of a configured list of rewards."""
+    found = [r for r in rewards if isinstance(r, dict) and "name" in r] if isinstance(rewards, list) else []
+    return [str(reward.get("label") or reward["name"]) for reward in found]
 
 
 def _held_out_figure(run: _Run) -> str:
@@ -231,8 +269,7 @@ def _held_out_figure(run: _Run) -> str:
 
 def _component_figures(run: _Run) -> list[str]:
     """One curve per reward, where a run mixes several."""
-    rewards = run.config.get("rewards")
-    names = [str(r["name"]) for r in rewards if isinstance(r, dict) and "name" in r] if isinstance(rewards, list) else []
+    names = _labels(run.config.get("rewards"))
     if len(names) < 2:
         return []
     return [

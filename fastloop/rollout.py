@@ -12,7 +12,7 @@ from tqdm import tqdm
 from fastloop import kernels
 from fastloop.config import Config, ModelConfig, SamplingConfig
 from fastloop.denoisers import family, read_json, source
-from fastloop.errors import UserError
+from fastloop.errors import RewardFailed, UserError
 from fastloop.prompts import Prompt
 from fastloop.ranks import Ranks
 from fastloop.rewards import Rewards, Scores
@@ -158,8 +158,19 @@ def scored_rollout(
 
 
 def gather_scores(rewards: Rewards, ranks: Ranks, n: int) -> Scores:
-    """The rewards of all n trajectories, on every rank; waits for them. Raises ``RunFailed`` as `Rewards.gather`."""
-    return rewards.total({name: ranks.whole(values, n) for name, values in rewards.gather().terms.items()})
+    """The rewards of all n trajectories, on every rank; waits for them.
+
+    Raises:
+        RewardFailed: as `Rewards.collect`, on every rank, so that all of them end at the same place.
+    """
+    own, failure = {}, None
+    try:
+        own = rewards.collect()
+    except RewardFailed as error:
+        failure = error
+    if message := ranks.first_message(str(failure) if failure else ""):
+        raise failure or RewardFailed(message)
+    return rewards.total({name: ranks.whole(values, n) for name, values in own.items()})
 
 
 def sampler_table(model: ModelConfig, sampling: SamplingConfig, steps: int | None = None) -> TransitionTable:

@@ -27,23 +27,25 @@ from fastloop.config import Config
 from fastloop.denoisers import load_denoiser
 from fastloop.engines.deepspeed import DeepSpeedEngine
 from fastloop.engines.torch import TorchEngine
-from fastloop.errors import RunFailed, UserError
+from fastloop.errors import RewardFailed, RunFailed, UserError
 from fastloop.evaluation import Evaluation, evaluate
 from fastloop.kernels.reference import STATISTICS, transition_mean
 from fastloop.machine import describe_machine
-from fastloop.metrics import image_statistics, reward_metrics
+from fastloop.metrics import held_out_falling, image_statistics, reward_metrics
 from fastloop.objectives import gaussian_kl
 from fastloop.optimizers import Ema, holding
 from fastloop.plan import check, largest_update
 from fastloop.prompts import PromptStream
 from fastloop.ranks import ALONE, Ranks
 from fastloop.report import write_report
+from fastloop.rewards import save_unscored
 from fastloop.rollout import Trajectories, gather_scores, kept_steps, scored_rollout, upload
 from fastloop.rundir import claim_run_dir, write_run
 from fastloop.tracking import Tracker, before_after_grid, image_grid, read_rows
 from fastloop.transitions import TransitionTable
 
 DEVIATION = STATISTICS.index("ratio_max_dev")  # a maximum; the other statistics are sums
+ALARMS = ("group_std", "clipfrac", "entropy", "saturation", "held_out")
 MAX_SKIPPED = 8  # non-finite updates in a row that loss scaling may skip while it finds its scale
 
 
@@ -72,6 +74,8 @@ class Trainer:
         self.folder, checkpoint, resumed = ranks.from_main(lambda: claim_run_dir(config, resume))
         if not (self.folder / "config.yaml").exists():
             raise UserError(f"output_dir: this rank's machine does not see {self.folder}: put it where all machines see it")
+        self.rewards.start()
+        self.eval_rewards.start()
 
         self.denoiser = load_denoiser(config.model, self.device)
         if config.memory.offload_frozen:
@@ -109,6 +113,7 @@ class Trainer:
                 config=config.model_dump(mode="json"),
                 resume_iteration=None if not resumed else -1 if checkpoint is None else self.iteration,
             )
+            self._look_for_hacking()
         self._stop_signal: int | None = None
         self._paces, self._eval_seconds = deque(maxlen=20), 0.0  # for the time left
         columns = (self.table.a, self.table.b, self.table.sigma, step_weights(self.table, self.steps_trained, config))
@@ -163,12 +168,12 @@ class Trainer:
                 self.images += len(repeated)
                 self.seconds = updated - self._started
                 metrics |= reward_metrics(rewards, scores, repeated) | self._image_metrics(trajectories, len(repeated))
+                metrics |= self.rewards.take_times()
                 metrics |= {
                     "advantage/abs_mean": advantages.abs().mean().item(),
                     "advantage/std": advantages.std(correction=0).item(),
                     "time/rollout": sampled - started,
                     "time/reward_wait": scored - sampled,
-                    "time/reward": self.rewards.take_seconds(),
                     "time/update": updated - scored,
                     "time/iteration": updated - started,
                     "time/cpu": time.process_time() - started_cpu,
@@ -379,8 +384,18 @@ class Trainer:
             "clipfrac": (clipped and metrics["policy/clipfrac"] > safety.max_clipfrac, "nearly every pair is clipped"),
             "entropy": (metrics["image/entropy"] < safety.min_image_entropy, "pictures go flat"),
             "saturation": (metrics["image/saturation"] > safety.max_image_saturation, "pictures are burnt out"),
+            "held_out": (
+                bool(self._falling),
+                f"held out, {', '.join(self._falling)} fell by more than its error while the training reward rose",
+            ),
         }
         return {name: text for name, (fired, text) in found.items() if fired}
+
+    def _look_for_hacking(self) -> None:
+        """At the start, and after each evaluation: what `alarm/held_out` says until the next one."""
+        errors, weights = self.config.safety.held_out_errors, {r.key: r.weight for r in self.config.rewards}
+        rows, evals = (read_rows(self.folder / f"{name}.jsonl") for name in ("metrics", "eval"))
+        self._falling = [] if errors is None else held_out_falling(rows, evals, weights, errors)
 
     # --- records -------------------------------------------------------------------------------------------------------
 
@@ -392,7 +407,7 @@ class Trainer:
         if not self.ranks.main:
             return
         alarms = self._alarms(metrics)
-        metrics |= {f"alarm/{name}": float(name in alarms) for name in ("group_std", "clipfrac", "entropy", "saturation")}
+        metrics |= {f"alarm/{name}": float(name in alarms) for name in ALARMS}
         self.tracker.log({"iteration": self.iteration, "images": self.images, "seconds": self.seconds, **metrics})
         self._paces.append(metrics["time/iteration"])
         left = self.config.iterations - self.iteration
@@ -424,6 +439,7 @@ class Trainer:
         row = result.row() | {"iteration": self.iteration, "images": self.images, "seconds": self.seconds}
         self._eval_seconds = time.perf_counter() - started
         self.tracker.log_eval(row | {"time/eval": self._eval_seconds})
+        self._look_for_hacking()
         print(f"  held-out score {result.mean:.3f} ± {result.stderr:.3f} after {self.images} images", flush=True)
 
     def _save_samples(self, result: Evaluation) -> None:
@@ -461,6 +477,7 @@ class Trainer:
             "seconds": self.seconds,
             "skipped": self.skipped,
             "prompt_tracker": self.prompt_tracker.state_dict() if self.prompt_tracker else None,
+            "rewards": self.rewards.state_dict(),
             "rng": torch.get_rng_state(),
             "rng_cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
         }
@@ -485,6 +502,7 @@ class Trainer:
         self.skipped = state["skipped"]
         if self.prompt_tracker:
             self.prompt_tracker.load_state_dict(state["prompt_tracker"])
+        self.rewards.load_state_dict(state["rewards"])
         torch.set_rng_state(state["rng"])
         if state["rng_cuda"] is not None and self.device.type == "cuda":
             torch.cuda.set_rng_state(state["rng_cuda"], self.device)
@@ -514,6 +532,12 @@ class Trainer:
         except Stopped as stop:
             status, message = "stopped", str(stop)
             self._save()
+            raise
+        except RewardFailed as failure:
+            message = str(failure)
+            if failure.unscored is not None:
+                save_unscored(failure, self.folder / "unscored")
+            self._save()  # nothing has changed since the iteration before
             raise
         except BaseException as error:
             own = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

@@ -318,7 +318,10 @@ WRONG_REWARDS = [
     ("rewards: []", "rewards: list should have at least 1 item"),
     ("rewards: shapes", "rewards: expected a list in [ ], got 'shapes'"),
     ("rewards: {name: shapes}", "rewards: expected a list in [ ]"),
-    ("rewards: [shapes]", "rewards.0: expected keys below it (name, weight, params), got 'shapes'"),
+    (
+        "rewards: [shapes]",
+        "rewards.0: expected keys below it (name, weight, params, label, normalize, worker, timeout), got 'shapes'",
+    ),
     ("rewards: [{nam: shapes}]", "rewards.0.nam: unknown key; did you mean 'name'? (and 1 more)"),
     ("rewards: [{name: a}, {name: b, wieght: 1}]", "rewards.1.wieght: unknown key; did you mean 'weight'?"),
     ("rewards: [{weight: 1}]", "rewards.0.name: missing; add it"),

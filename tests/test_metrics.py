@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastloop.metrics import image_statistics, reward_metrics
+from fastloop.metrics import held_out_falling, image_statistics, reward_metrics
 from fastloop.prompts import Prompt
 from fastloop.rewards import Scores
 
@@ -106,3 +106,43 @@ def test_prompts_without_categories_give_no_category_metrics():
     rewards, scores, _ = scored(2, 2)
     metrics = reward_metrics(rewards, scores, [Prompt("a")] * 4)
     assert not [name for name in metrics if "category" in name]
+
+
+# --- reward hacking -----------------------------------------------------------------------------------------------------
+
+
+def history(train: list[float], held_out: list[tuple[float, float | None]], every: int = 2) -> tuple[list, list]:
+    """Rows of a run whose evaluations are ``every`` iterations apart, the first before training."""
+    rows = [{"iteration": i + 1, "reward/mean": 0.0, "reward/a": value, "reward/b": 1.0} for i, value in enumerate(train)]
+    evals = [
+        {"iteration": every * i, "rewards": {"watched": {"mean": mean, "stderr": error}, "other": {"mean": i, "stderr": 0.1}}}
+        for i, (mean, error) in enumerate(held_out)
+    ]
+    return rows, evals
+
+
+@pytest.mark.parametrize(
+    "train, held_out, falls",
+    [
+        ([1, 1, 2, 2], [(5, 0.1), (5, 0.1), (4, 0.1)], True),
+        ([1, 2], [(5, 0.1), (4, 0.1)], True),  # the first iteration's reward is that of the model before training
+        ([1, 1, 2, 2], [(5, 0.1), (5, 0.1), (5.2, 0.1)], False),  # both rise
+        ([2, 2, 1, 1], [(5, 0.1), (5, 0.1), (4, 0.1)], False),  # both fall
+        ([1, 1, 2, 2], [(5, 0.3), (5, 0.4), (4, 0.4)], False),  # within two standard errors of the difference
+        ([1, 1, 2, 2, 3, 3], [(4, 0.1), (6, 0.1), (5, 0.1), (5.5, 0.1)], True),  # below its best, though it rises again
+        ([1, 1], [(5, 0.1)], False),
+        ([], [(5, 0.1), (4, 0.1)], False),
+        ([1, 2], [(5, None), (4, None)], True),  # one prompt has no error
+        ([-1, -2], [(5, 0.1), (4, 0.1)], False),
+    ],
+)
+def test_a_held_out_reward_that_falls_while_the_training_reward_rises_is_found(train, held_out, falls):
+    rows, evals = history(train, held_out)
+    assert held_out_falling(rows, evals, {"a": 2.0}, errors=2.0) == (["watched"] if falls else [])
+
+
+def test_the_training_reward_is_the_weighted_sum_of_its_terms_before_normalisation():
+    rows, evals = history([1, 1, 2, 2], [(5, 0.1), (5, 0.1), (4, 0.1)])
+    assert held_out_falling(rows, evals, {"a": 1.0, "b": 3.0}, errors=2.0) == ["watched"]
+    assert held_out_falling(rows, evals, {"a": -1.0, "b": 3.0}, errors=2.0) == []
+    assert held_out_falling(rows, evals, {"a": 1.0}, errors=20.0) == []

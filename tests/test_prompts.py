@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 
-from fastloop.config import PromptsConfig
+from fastloop.config import PromptsConfig, parse_config
 from fastloop.errors import UserError
 from fastloop.prompts import PER_CATEGORY, Prompt, PromptStream, load_prompts
 from fastloop.shapes.grammar import CATEGORIES, HELD_OUT, parse
@@ -114,14 +116,116 @@ def test_files_that_cannot_be_read_are_told_with_the_cause(tmp_path):
 
 
 def test_a_refusal_names_the_place_in_the_config():
-    expected = "'shape_train' is not shapes_train, shapes_heldout, animals, nor a .txt or .jsonl file"
+    expected = (
+        "'shape_train' is not shapes_train, shapes_heldout, animals, a .txt, .jsonl or .tsv file, a folder, nor hf:OWNER/NAME"
+    )
     assert problem("shape_train", "eval.prompts") == f"eval.prompts.source: {expected}"
     assert problem("shapes_train", "eval.prompts", categories=["size"]) == (
         "eval.prompts.categories: unknown 'size': one of color, shape, texture, spatial, numeracy"
     )
     assert problem("animals", categories=["color"]) == (
-        "prompts.categories: only the shapes sources have categories: remove it"
+        "prompts.categories: the prompts of animals have no categories: remove it"
     )
+
+
+@pytest.fixture
+def compbench(tmp_path):
+    """A folder as T2I-CompBench's examples/dataset."""
+    files = {
+        "color_train.txt": "a green bench and a blue bowl\na red car and a white sheep\na brown cat",
+        "color_val.txt": "a green cup and a blue phone",
+        "color_val_seen.txt": "seen",
+        "complex_train.txt": "The fluffy cat is on the wooden chair.",
+        "complex_train_action.txt": "a part of complex_train",
+        "non_spatial_train.txt": "A person is walking.\nA dog is barking.",
+        "non_spatial_val.txt": "A child is drawing.",
+        "color.txt": "both",
+    }
+    for name, text in files.items():
+        (tmp_path / name).write_text(text + "\n")
+    return str(tmp_path)
+
+
+def test_a_t2i_compbench_folder_gives_its_categories_in_turn(compbench):
+    prompts = load(compbench)
+    assert [(prompt.metadata["category"], prompt.text[:10]) for prompt in prompts] == [
+        ("color", "a green be"), ("complex", "The fluffy"), ("non_spatial", "A person i"),
+        ("color", "a red car "), ("non_spatial", "A dog is b"), ("color", "a brown ca"),
+    ]  # fmt: skip
+    assert load(compbench, limit=2) == prompts[:2]
+    assert [p.text for p in load(compbench, categories=["complex"])] == ["The fluffy cat is on the wooden chair."]
+    assert [p.text for p in load(compbench, split="val")] == ["a green cup and a blue phone", "A child is drawing."]
+
+
+def test_beside_a_folder_the_held_out_prompts_are_its_validation_files(compbench):
+    config = parse_config({"rewards": [{"name": "clipscore"}], "prompts": {"source": compbench}}, "test")
+    held_out = load_prompts(config.eval.prompts, "eval.prompts")
+    assert [p.text for p in held_out] == ["a green cup and a blue phone", "A child is drawing."]
+    assert not {p.text for p in held_out} & {p.text for p in load_prompts(config.prompts)}
+
+
+def test_a_folder_with_other_files_or_categories_is_refused(compbench, tmp_path):
+    assert problem(compbench, split="test").startswith(f"prompts.source: {compbench} has no file such as color_test.txt")
+    known = "one of color, complex, non_spatial"
+    assert problem(compbench, categories=["colour"]) == f"prompts.categories: unknown 'colour': {known}"
+    assert "unknown 'colour': one of color" in problem(compbench, categories=["color", "colour"])
+
+
+PARTI = 'Prompt\tCategory\tChallenge\tNote\nbond\tAbstract\tBasic\tBiology-inspired\na "red" cat\tAnimals\tBasic\t\n'
+
+
+def test_a_table_as_of_partiprompts_gives_prompts_with_their_columns(tmp_path):
+    path = tmp_path / "PartiPrompts.tsv"
+    path.write_text(PARTI)
+    assert load(str(path)) == [
+        Prompt("bond", {"category": "Abstract", "challenge": "Basic", "note": "Biology-inspired"}),
+        Prompt('a "red" cat', {"category": "Animals", "challenge": "Basic"}),
+    ]
+    assert [p.text for p in load(str(path), categories=["Animals"])] == ['a "red" cat']
+    assert problem(str(path), categories=["People"]) == "prompts.categories: unknown 'People': one of Abstract, Animals"
+    assert [p.text for p in load(str(path), column="Note")] == ["Biology-inspired"]
+    assert problem(str(path), column="text") == (
+        f"prompts.column: {path} has no column 'text': it has Prompt, Category, Challenge, Note"
+    )
+    (tmp_path / "empty.tsv").write_text("Prompt\tCategory\n")
+    assert problem(str(tmp_path / "empty.tsv")).endswith("empty.tsv holds no prompts")
+    assert "cannot read" in problem(str(tmp_path / "none.tsv"))
+
+
+def test_a_jsonl_file_with_categories_can_be_narrowed_to_some(tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"prompt": "a", "category": "x"}\n{"prompt": "b"}\n{"prompt": "c", "category": "y"}\n')
+    assert [p.text for p in load(str(path), categories=["y"])] == ["c"]
+
+
+class Table(list):
+    """What the prompts need of a `datasets.Dataset`."""
+
+    features = {
+        name: SimpleNamespace(dtype=dtype) for name, dtype in (("Prompt", "string"), ("n", "int64"), ("image", "Image"))
+    }
+
+    def select_columns(self, names):
+        return Table({name: row[name] for name in names} for row in self)
+
+
+def test_a_data_set_of_the_hub_gives_its_prompts_without_pictures(monkeypatch):
+    asked = []
+
+    def load_dataset(path, name, split):
+        asked.append((path, name, split))
+        if split == "nosuch":
+            raise ValueError('Unknown split "nosuch"\nmore')
+        return Table([{"Prompt": "a cat", "n": 3, "image": object()}, {"Prompt": None, "n": 4, "image": object()}])
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    assert load("hf:me/pets") == [Prompt("a cat", {"n": 3})]
+    assert load("hf:me/pets:small", split="test") == [Prompt("a cat", {"n": 3})]
+    assert asked == [("me/pets", None, "train"), ("me/pets", "small", "test")]
+    assert problem("hf:me/pets", split="nosuch") == 'prompts.source: cannot load hf:me/pets: Unknown split "nosuch"'
+    assert problem("hf:me/pets", column="image") == "prompts.column: hf:me/pets has no column 'image': it has Prompt, n"
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    assert problem("hf:me/pets") == ("prompts.source: hf: needs the package datasets: pip install fastloop[datasets]")
 
 
 # --- the stream -------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import sys
 import threading
+import time
 import types
 from contextlib import suppress
 
@@ -15,7 +16,7 @@ from PIL import Image
 from fastloop.config import PromptsConfig, RewardConfig
 from fastloop.errors import RunFailed, UserError
 from fastloop.prompts import Prompt, load_prompts
-from fastloop.rewards import REGISTRY, Rewards
+from fastloop.rewards import REGISTRY, Rewards, _covered
 from fastloop.shapes.checker import check
 from fastloop.shapes.grammar import CATEGORIES, all_requests, parse
 from fastloop.shapes.renderer import place, render
@@ -97,9 +98,10 @@ def test_a_category_has_its_own_reward_for_its_own_prompts(make, category):
     )
 
 
-def test_the_registry_holds_the_shapes_and_jpeg_rewards():
+def test_the_registry_holds_the_rewards_that_people_use():
     assert set(REGISTRY) == {
         "jpeg_compressibility", "jpeg_incompressibility", "shapes", *(f"shapes_{c}" for c in CATEGORIES),
+        "aesthetic", "clipscore", "pickscore", "hpsv2", "imagereward", "blip_vqa", "vlm_judge", "ocr", "http",
     }  # fmt: skip
 
 
@@ -196,15 +198,32 @@ def test_a_batch_is_gathered_once(make):
     assert len(rewards.gather().total) == 1
 
 
-def test_the_time_spent_scoring_is_counted_until_it_is_taken(make, monkeypatch):
-    clock = iter(range(100))
-    monkeypatch.setattr("fastloop.rewards.time", types.SimpleNamespace(perf_counter=lambda: float(next(clock))))
-    rewards = make("mine:score", score=lambda images, prompts, metadata: [next(clock) * 0.0 for _ in images])
-    assert rewards.take_seconds() == 0.0
-    rewards.score(NOISE, CATS)  # the clock ticks 3 times in between: 4 seconds
-    rewards.score(NOISE[:1], CATS[:1])  # 2 seconds
-    assert rewards.take_seconds() == 6.0
-    assert rewards.take_seconds() == 0.0
+def test_the_time_spent_scoring_is_counted_until_it_is_taken(make):
+    rewards = make("mine:score", score=lambda images, prompts, metadata: time.sleep(0.05) or np.zeros(len(images)))
+    assert rewards.take_times() == {"time/reward": 0.0, "time/reward_hidden": 0.0}
+    rewards.score(NOISE, CATS)
+    rewards.score(NOISE[:1], CATS[:1])
+    taken = rewards.take_times()
+    assert taken["time/reward"] >= 0.1 and taken["time/reward_hidden"] < taken["time/reward"]  # the caller waited
+    assert rewards.take_times() == {"time/reward": 0.0, "time/reward_hidden": 0.0}
+
+
+def test_what_a_reward_does_before_anyone_waits_is_hidden_and_counted_once(make):
+    done = threading.Semaphore(0)
+
+    def score(images, prompts, metadata):
+        time.sleep(0.02)
+        done.release()
+        return np.zeros(len(images))
+
+    rewards = make("mine:a", "mine:b", a=score, b=score)  # beside each other
+    rewards.submit(NOISE, CATS)
+    assert done.acquire(timeout=30) and done.acquire(timeout=30)
+    time.sleep(0.02)
+    rewards.gather()
+    taken = rewards.take_times()
+    assert taken["time/reward"] >= 0.04 and 0.02 <= taken["time/reward_hidden"] <= taken["time/reward"]
+    assert _covered([(1.0, 3.0), (2.0, 4.0), (6.0, 7.0), (9.0, 8.0)]) == 4.0
 
 
 # --- failures while a run goes on -------------------------------------------------------------------------------------
@@ -315,7 +334,7 @@ def test_a_module_that_fails_while_it_is_imported_is_told(make, tmp_path, monkey
 
 def test_a_reward_listed_twice_is_refused(make):
     assert refusal(make, "jpeg_compressibility", "jpeg_compressibility") == (
-        "rewards.1.name: jpeg_compressibility is listed twice: give it once, with its whole weight"
+        "rewards.1.name: jpeg_compressibility is listed twice: give it once, with its whole weight, or give each a label"
     )
 
 

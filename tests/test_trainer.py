@@ -33,6 +33,7 @@ from fastloop.config import Config, dump_config, load_config, parse_config
 from fastloop.engines.torch import TorchEngine
 from fastloop.errors import RunFailed
 from fastloop.prompts import ANIMALS
+from fastloop.report import write_report
 from fastloop.tracking import read_rows
 from fastloop.trainer import MAX_SKIPPED, Stopped, Trainer, shuffled_pairs, step_weights
 
@@ -628,6 +629,14 @@ def reward(images, prompts, metadata):
 
 def constant(images, prompts, metadata):
     return [0.5] * len(images)
+
+def rising(images, prompts, metadata):
+    global calls
+    calls += 1
+    return [calls + i / 10 for i in range(len(images))]
+
+def falling(images, prompts, metadata):
+    return [-calls] * len(images)
 """
 
 
@@ -661,6 +670,10 @@ def test_a_failing_reward_ends_the_run_and_once_healthy_it_goes_on_as_if_nothing
     assert capsys.readouterr().err.endswith(expected)
     assert status(tmp_path / "run") == "failed" and checkpoints(tmp_path / "run")[-1] == "iteration-000001"
     assert [row["iteration"] for row in read_rows(tmp_path / "run" / "metrics.jsonl")] == [1]
+    saved = json.loads((tmp_path / "run" / "unscored" / "failure.json").read_text())
+    assert saved["reward"] == "moody_rewards:reward" and saved["error"].endswith(cause.format(failing))
+    assert [row["prompt"] for row in saved["pictures"]] == [failing]
+    assert Image.open(tmp_path / "run" / "unscored" / saved["pictures"][0]["file"]).size == (16, 16)
     reward_module.mode = "healthy"
     assert main(["train", str(tmp_path / "recipe.yaml"), "--resume"]) == 0
     assert same(final(tmp_path / "run")[0], final(straight.folder)[0])
@@ -679,6 +692,17 @@ def test_a_constant_reward_raises_the_alarm_and_trains_nothing(train, reward_mod
     assert out.count("alarm group_std: images of one prompt get the same reward") == 2 and "alarm clipfrac" not in out
     start = load_file(trainer.folder / "checkpoints" / "iteration-000001" / "weights.safetensors")
     assert same(weights(trainer), start)
+
+
+def test_a_watched_reward_that_falls_while_the_training_reward_rises_raises_the_alarm(train, reward_module, capsys):
+    rewards = {"rewards": [{"name": "moody_rewards:rising"}], "iterations": 4}
+    trainer = train(**rewards, eval={"every": 2, "rewards": [{"name": "moody_rewards:falling"}]})
+    assert [row["alarm/held_out"] for row in metrics(trainer)] == [0.0, 0.0, 1.0, 1.0]
+    assert "alarm held_out: held out, moody_rewards:falling fell by more than its error" in capsys.readouterr().out
+    page = write_report(trainer.folder).read_text()
+    assert "Held-out moody_rewards:falling and training reward" in page
+    off = train(**rewards, eval={"every": 2, "rewards": [{"name": "moody_rewards:falling"}]}, safety={"held_out_errors": None})
+    assert not any(row["alarm/held_out"] for row in metrics(off))
 
 
 def test_nearly_only_clipped_pairs_raise_the_alarm(train, capsys):
@@ -822,7 +846,7 @@ def test_sample_files_show_the_held_out_prompts_with_their_rewards(straight):
     for row in json.loads((folder / "000003.json").read_text()):
         image = np.array(Image.open(folder / row["file"]))
         assert image.shape == (16, 16, 3) and row["prompt"] in ANIMALS[:3]
-        assert row["reward"] == straight.eval_rewards.terms["jpeg_incompressibility"][1](image[None], [""], [{}])[0]
+        assert row["reward"] == straight.eval_rewards.terms["jpeg_incompressibility"].reward(image[None], [""], [{}])[0]
 
 
 def test_every_iteration_has_prompts_noise_and_an_order_of_its_own(make_trainer):

@@ -1,135 +1,273 @@
-"""Rewards: a registry, weighted sums, and an executor that scores one batch while the next is sampled.
+"""Rewards: a registry, weighted sums, and workers that score one batch while the next is sampled.
 
 A reward is called as ``reward(images, prompts, metadata)`` with uint8 pictures (n, height, width, 3), n prompts and n
-metadata dictionaries, and returns n finite numbers; higher is better. It may have ``validate(prompts, size)``, called
-with all prompts and the pictures' (height, width) before any model loads, which raises ``ValueError`` for what it cannot
-score, and ``explain(image, prompt)``, one line for the sample grids.
+metadata dictionaries, and returns n finite numbers; higher is better. It may have
+
+- ``validate(prompts, size)``, called with all prompts and the pictures' (height, width) before any model loads, which
+  raises ``ValueError`` for what it cannot score;
+- ``start()``, called once before the first call: loads its model, asks its server;
+- ``explain(image, prompt)``, one line for the sample grids.
 """
 
 from __future__ import annotations
 
 import importlib
 import inspect
+import json
 import os
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from fastloop.config import RewardConfig
-from fastloop.errors import RunFailed, UserError
+from fastloop.errors import RewardFailed, RunFailed, Unscored, UserError
 from fastloop.prompts import Prompt
 from fastloop.rewards import jpeg, shapes
+from fastloop.rewards.workers import Job, OwnProcess, Worker
 
-REGISTRY: dict[str, Callable[..., Any]] = {
+# A factory, or where to import it from: the rewards with models need packages that the others do not.
+REGISTRY: dict[str, Callable[..., Any] | str] = {
     "jpeg_compressibility": jpeg.Compressibility,
     "jpeg_incompressibility": jpeg.Incompressibility,
     "shapes": shapes.Shapes,
     **{f"shapes_{category}": shapes.of_category(category) for category in shapes.CATEGORIES},
+    "aesthetic": "fastloop.rewards.clip_scores:Aesthetic",
+    "clipscore": "fastloop.rewards.clip_scores:ClipScore",
+    "pickscore": "fastloop.rewards.clip_scores:PickScore",
+    "hpsv2": "fastloop.rewards.clip_scores:HPSv2",
+    "imagereward": "fastloop.rewards.blip_scores:ImageReward",
+    "blip_vqa": "fastloop.rewards.blip_scores:BlipVqa",
+    "vlm_judge": "fastloop.rewards.judge:VlmJudge",
+    "ocr": "fastloop.rewards.ocr:Ocr",
+    "http": "fastloop.rewards.remote:Remote",
 }
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Rewards of N pictures: the weighted sum and each term before its weight, float64 (N,)."""
+    """Rewards of N pictures: the weighted sum and each term before weight and normalisation, float64 (N,)."""
 
     total: np.ndarray
     terms: dict[str, np.ndarray]
 
 
+@dataclass
+class Moments:
+    """Count, mean and sum of squared deviations of all values seen (Chan's update of Welford's)."""
+
+    count: float = 0.0
+    mean: float = 0.0
+    squares: float = 0.0
+
+    def add(self, values: np.ndarray) -> None:
+        n, delta = len(values), float(values.mean()) - self.mean
+        self.squares += float(((values - values.mean()) ** 2).sum()) + delta**2 * self.count * n / (self.count + n)
+        self.mean += delta * n / (self.count + n)
+        self.count += n
+
+    def normalized(self, values: np.ndarray) -> np.ndarray:
+        """(values - mean) / std; 0 where all values seen are the same."""
+        return (values - self.mean) / ((self.squares / self.count) ** 0.5 + 1e-8)
+
+
+@dataclass
+class Term:
+    """One reward of the sum. ``reward`` is this process's object, which may score in another one: only ``worker`` calls."""
+
+    config: RewardConfig
+    reward: Any
+    worker: Worker
+    start: Callable[[], None]
+    seen: Moments = field(default_factory=Moments)
+
+    def normalized(self, values: np.ndarray) -> np.ndarray:
+        if self.config.normalize is None:
+            return values
+        moments = self.seen if self.config.normalize == "running" else Moments()
+        moments.add(values)
+        return moments.normalized(values)
+
+
 class Rewards:
     """The weighted sum of a configuration, scored in the background.
+
+    Args:
+        size: (height, width), or ``None`` where prompts and sizes are not known yet. key: of the list, for messages.
+        share: rewards of the same settings are taken from there, with model and worker.
+        normalize: whether each term's ``normalize`` counts; only in training, so that held-out scores can be compared.
 
     Raises:
         UserError: an unknown name, bad parameters, or prompts or a picture size (height, width) that a reward refuses.
     """
 
     def __init__(
-        self, configs: list[RewardConfig], prompts: list[Prompt], size: tuple[int, int], key: str = "rewards"
+        self,
+        configs: list[RewardConfig],
+        prompts: list[Prompt],
+        size: tuple[int, int] | None,
+        key: str = "rewards",
+        share: Rewards | None = None,
+        normalize: bool = False,
     ) -> None:
-        self.terms: dict[str, tuple[float, Any]] = {}
+        self.terms: dict[str, Term] = {}
+        self.key, self.normalize = key, normalize
         for i, config in enumerate(configs):
-            if config.name in self.terms:
-                raise UserError(f"{key}.{i}.name: {config.name} is listed twice: give it once, with its whole weight")
-            reward = _build(config, f"{key}.{i}")
-            if hasattr(reward, "validate"):
-                try:
-                    reward.validate([prompt.text for prompt in prompts], size)
-                except ValueError as error:
-                    raise UserError(f"{key}.{i}.name: {error}") from None
-            self.terms[config.name] = (config.weight, reward)
-        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="reward")
-        self._pending: list[Future] = []
-        self._seconds = 0.0
+            if config.key in self.terms:
+                raise UserError(
+                    f"{key}.{i}.name: {config.key} is listed twice: give it once, with its whole weight, or give each a label"
+                )
+            term = share.terms.get(config.key) if share else None
+            if term and _settings(term.config) == _settings(config):
+                term = Term(config, term.reward, term.worker, term.start)
+            else:
+                term = _term(config, f"{key}.{i}")
+            try:
+                if size is not None:
+                    _validate(term.reward, prompts, size)
+            except ValueError as error:
+                raise UserError(f"{key}.{i}.name: {error}") from None
+            self.terms[config.key] = term
+        self._pending: list[dict[str, Job]] = []
+        self._seconds = self._hidden = 0.0
+
+    def start(self) -> None:
+        """Loads models and asks servers. Raises ``UserError`` where a reward cannot start."""
+        for i, term in enumerate(self.terms.values()):
+            try:
+                term.start()
+            except Exception as error:  # whatever a hub's client, a model's library or a user's reward raises
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                raise UserError(f"{self.key}.{i}: {term.config.name} cannot start: {reason}") from error
+
+    def validate(self, prompts: list[Prompt], size: tuple[int, int]) -> None:
+        """Raises ``ValueError`` for prompts or a picture size (height, width) that a reward refuses."""
+        for term in self.terms.values():
+            _validate(term.reward, prompts, size)
 
     def submit(self, images: np.ndarray, prompts: list[Prompt]) -> None:
         """Starts scoring a batch: uint8 (n, height, width, 3)."""
-        self._pending.append(self._executor.submit(self._score, images, prompts))
+        texts, metadata = [p.text for p in prompts], [p.metadata for p in prompts]
+        self._pending.append({label: term.worker.submit(images, texts, metadata) for label, term in self.terms.items()})
 
-    def gather(self) -> Scores:
-        """Waits for the batches submitted, in their order.
+    def collect(self) -> dict[str, np.ndarray]:
+        """Waits for the batches submitted: each term's values in their order, float64 (N,).
 
         Raises:
-            RunFailed: a reward raised, or returned a wrong number of values or a non-finite one.
+            RewardFailed: a reward raised, took too long, or returned a wrong number of values or a non-finite one.
         """
         pending, self._pending = self._pending, []
+        waiting_since = time.perf_counter()
         try:
-            parts = [future.result() for future in pending]
+            parts = [{label: self.terms[label].worker.result(job) for label, job in jobs.items()} for jobs in pending]
         finally:
-            for future in pending:
-                future.cancel()
-        return self.total({name: np.concatenate([np.empty(0), *(part[name] for part in parts)]) for name in self.terms})
+            for jobs in pending:
+                for job in jobs.values():
+                    job.future.cancel()
+        spans = [(job.began, job.ended) for jobs in pending for job in jobs.values()]
+        self._seconds += sum(ended - began for began, ended in spans)
+        self._hidden += _covered([(began, min(ended, waiting_since)) for began, ended in spans])
+        return {label: np.concatenate([np.empty(0), *(part[label] for part in parts)]) for label in self.terms}
 
     def total(self, terms: dict[str, np.ndarray]) -> Scores:
-        """The weighted sum of terms, float64 (N,) each."""
-        return Scores(sum(weight * terms[name] for name, (weight, _) in self.terms.items()), terms)
+        """The weighted sum of terms, float64 (N,) each, normalised as configured: all of a rollout's at once."""
+        total = 0.0
+        for label, term in self.terms.items():
+            total = total + term.config.weight * (term.normalized(terms[label]) if self.normalize else terms[label])
+        return Scores(total, terms)
+
+    def gather(self) -> Scores:
+        """As `collect`, with the weighted sum."""
+        return self.total(self.collect())
 
     def score(self, images: np.ndarray, prompts: list[Prompt]) -> Scores:
         """Scores one batch and waits for it."""
         self.submit(images, prompts)
         return self.gather()
 
+    def score_any(self, images: list[np.ndarray], prompts: list[Prompt]) -> np.ndarray:
+        """The weighted sums, float64 (n,), of pictures that may differ in size. Raises ``ValueError`` as `validate` does."""
+        totals = np.zeros(len(images))
+        for size in dict.fromkeys(image.shape[:2] for image in images):
+            rows = [i for i, image in enumerate(images) if image.shape[:2] == size]
+            chosen = [prompts[i] for i in rows]
+            self.validate(chosen, size)
+            totals[rows] = self.score(np.stack([images[i] for i in rows]), chosen).total
+        return totals
+
     def explain(self, image: np.ndarray, prompt: str) -> str | None:
         """What the rewards that can explain themselves say of a picture."""
-        lines = [reward.explain(image, prompt) for _, reward in self.terms.values() if hasattr(reward, "explain")]
-        return "; ".join(lines) or None
+        found = [term.reward for term in self.terms.values() if hasattr(term.reward, "explain")]
+        return "; ".join(reward.explain(image, prompt) for reward in found) or None
 
-    def take_seconds(self) -> float:
-        """Seconds spent scoring since this was last asked."""
-        seconds, self._seconds = self._seconds, 0.0
-        return seconds
+    def take_times(self) -> dict[str, float]:
+        """Seconds since this was last asked: inside rewards, and how long one worked while nobody waited for it."""
+        times = {"time/reward": self._seconds, "time/reward_hidden": self._hidden}
+        self._seconds = self._hidden = 0.0
+        return times
+
+    def state_dict(self) -> dict[str, list[float]]:
+        """What running normalisation has seen."""
+        return {label: [t.seen.count, t.seen.mean, t.seen.squares] for label, t in self.terms.items() if t.seen.count}
+
+    def load_state_dict(self, state: dict[str, list[float]]) -> None:
+        for label, moments in state.items():
+            self.terms[label].seen = Moments(*moments)
 
     def close(self) -> None:
-        self._executor.shutdown(wait=False, cancel_futures=True)
-
-    def _score(self, images: np.ndarray, prompts: list[Prompt]) -> dict[str, np.ndarray]:
-        started = time.perf_counter()
-        texts, metadata = [p.text for p in prompts], [p.metadata for p in prompts]
-        scored = {name: _call(name, reward, images, texts, metadata) for name, (_, reward) in self.terms.items()}
-        self._seconds += time.perf_counter() - started
-        return scored
+        for term in self.terms.values():
+            term.worker.close()
+            if isinstance(term.worker.call, OwnProcess):
+                term.worker.call.close()
 
 
-def _call(name: str, reward: Any, images: np.ndarray, prompts: list[str], metadata: list[dict]) -> np.ndarray:
+def save_unscored(failure: RewardFailed, folder: Path) -> None:
+    """Writes the pictures that a reward could not score, with prompts and the reason, as PNG files and failure.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    unscored, rows = failure.unscored, []
+    for i, (image, prompt, metadata) in enumerate(zip(unscored.images, unscored.prompts, unscored.metadata, strict=True)):
+        Image.fromarray(image).save(folder / f"{i:03d}.png")
+        rows.append({"file": f"{i:03d}.png", "prompt": prompt, "metadata": metadata})
+    facts = {"reward": unscored.reward, "error": str(failure), "pictures": rows}
+    (folder / "failure.json").write_text(json.dumps(facts, indent=1, default=str))
+
+
+def call(label: str, reward: Any, images: np.ndarray, prompts: list[str], metadata: list[dict]) -> np.ndarray:
+    """The reward's values, float64 (n,). Raises ``RewardFailed`` for whatever else it does."""
+
+    def failed(says: str, culprit: int | None) -> RewardFailed:
+        chosen = slice(None) if culprit is None else slice(culprit, culprit + 1)
+        return RewardFailed(says, Unscored(label, images[chosen], prompts[chosen], metadata[chosen]))
+
     try:
         values = _values(reward, images, prompts, metadata)
-    except Exception as error:
+    except RunFailed as error:  # it says itself what is wrong, and a second attempt was its own affair
+        raise failed(f"reward {label} failed (first prompt {prompts[0]!r}): {error}", None) from error
+    except (Exception, SystemExit) as error:
         culprit = _first_failing(reward, images, prompts, metadata)
         cause = f"{type(error).__name__}: {error}"
-        raise RunFailed(f"reward {name} failed for the prompt {prompts[culprit]!r}: {cause}") from error
+        raise failed(f"reward {label} failed for the prompt {prompts[culprit]!r}: {cause}", culprit) from error
     if values.shape != (len(images),):
-        raise RunFailed(
-            f"reward {name} returned shape {values.shape} for {len(images)} images (first prompt {prompts[0]!r}): "
-            "return one number for each image"
+        raise failed(
+            f"reward {label} returned shape {values.shape} for {len(images)} images (first prompt {prompts[0]!r}): "
+            "return one number for each image",
+            None,
         )
     if not np.isfinite(values).all():
         culprit = int(np.flatnonzero(~np.isfinite(values))[0])
-        raise RunFailed(f"reward {name} returned {values[culprit]} for the prompt {prompts[culprit]!r}")
+        raise failed(f"reward {label} returned {values[culprit]} for the prompt {prompts[culprit]!r}", culprit)
     return values
+
+
+def _validate(reward: Any, prompts: list[Prompt], size: tuple[int, int]) -> None:
+    if hasattr(reward, "validate"):
+        reward.validate([prompt.text for prompt in prompts], size)
 
 
 def _values(reward: Any, images: np.ndarray, prompts: list[str], metadata: list[dict]) -> np.ndarray:
@@ -141,14 +279,47 @@ def _first_failing(reward: Any, images: np.ndarray, prompts: list[str], metadata
     for i in range(len(images)):
         try:
             _values(reward, images[i : i + 1], prompts[i : i + 1], metadata[i : i + 1])
-        except Exception:
+        except (Exception, SystemExit):
             return i
     return 0
 
 
-def _build(config: RewardConfig, key: str) -> Any:
+def _covered(spans: list[tuple[float, float]]) -> float:
+    """The length of a union of intervals; those that end before they begin are empty."""
+    length, reached = 0.0, float("-inf")
+    for began, ended in sorted(spans):
+        length += max(0.0, ended - max(began, reached))
+        reached = max(reached, ended)
+    return length
+
+
+def _settings(config: RewardConfig) -> tuple:
+    return config.name, config.params, config.worker, config.timeout
+
+
+def _term(config: RewardConfig, key: str) -> Term:
+    reward = build(config, key)
+    scoring = partial(call, config.key, reward)
+    start = getattr(reward, "start", lambda: None)
+    if config.worker == "process":
+        scoring = OwnProcess(config.key, partial(_build_elsewhere, config, key))
+        start = scoring.start
+    return Term(config, reward, Worker(config.key, scoring, config.timeout), start)
+
+
+def _build_elsewhere(config: RewardConfig, key: str) -> tuple[Callable, Callable]:
+    """In the reward's own process: what starts it and what calls it."""
+    reward = build(config, key)
+    return getattr(reward, "start", lambda: None), partial(call, config.key, reward)
+
+
+def build(config: RewardConfig, key: str) -> Any:
+    """The reward of a configuration, not started yet. Raises ``UserError`` naming ``key`` where it cannot be made."""
     if config.name in REGISTRY:
         factory = REGISTRY[config.name]
+        if isinstance(factory, str):
+            module, _, name = factory.partition(":")
+            factory = getattr(importlib.import_module(module), name)
     elif ":" in config.name:
         function = _import(config.name, key)
 
@@ -161,7 +332,7 @@ def _build(config: RewardConfig, key: str) -> Any:
         )
     try:
         return factory(**config.params)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OSError) as error:
         raise UserError(f"{key}.params: {config.name}: {error}") from None
 
 
