@@ -380,8 +380,7 @@ def test_deepspeed_trains_lora_and_full_on_two_ranks_and_on_one_and_resumes_exac
             ("one", base | zero(2), {}),
             ("lora", base | zero(2), {}),
             ("full", full, {}),
-            ("resumed", full, {"iterations": 1}),
-            ("resumed", full, {"resume": True}),
+            ("resumed", full, {"resume": str(tmp_path / "full")}),
         )
     )
     (tmp_path / "one.json").write_text(json.dumps([one]))
