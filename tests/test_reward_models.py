@@ -510,6 +510,7 @@ def test_spacy_is_used_where_asked_for_and_its_absence_told(blip_vqa, monkeypatc
         ("a woman is holding a phone", ["a woman", "a phone"]),
         ("a sleeping cat", ["a sleeping cat"]),
         ("cat", ["cat"]),
+        ("a bird flies over a fly on the left shoe", ["a bird", "a fly", "the left shoe"]),
         ("of the and", []),
     ],
 )

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fastloop.cli import main
 from fastloop.config import PromptsConfig, RewardConfig
 from fastloop.errors import RunFailed, UserError
 from fastloop.prompts import Prompt, load_prompts
@@ -383,3 +384,63 @@ def test_a_module_that_exits_when_imported_is_refused(make, tmp_path, monkeypatc
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(UserError, match="^rewards.0.name: cannot import leaves_at_once:f: SystemExit: 3$"):
         make("leaves_at_once:f")
+
+
+# --- by hand ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pictures(tmp_path) -> list[str]:
+    """A picture of the shapes world, right for its prompt, and one of another size."""
+    image = render(place(parse("a red circle and a blue square"), RNG))
+    for name, array in (("a.png", image), ("b.png", NOISE[0])):
+        Image.fromarray(array).save(tmp_path / name)
+    return [str(tmp_path / "a.png"), str(tmp_path / "b.png")]
+
+
+def test_score_prints_a_line_for_each_picture_with_what_the_reward_says(pictures, capsys):
+    assert main(["score", "--reward", "jpeg_compressibility", *pictures]) == 0
+    sizes = [jpeg_kilobytes(np.asarray(Image.open(path))) for path in pictures]
+    assert [line.split() for line in capsys.readouterr().out.splitlines()] == [
+        [f"{-size:.6g}", path] for size, path in zip(sizes, pictures, strict=True)
+    ]
+    assert main(["score", "--reward", "shapes", pictures[0], "--prompt", "a red circle and a blue square"]) == 0
+    assert capsys.readouterr().out.split(maxsplit=2) == ["1", pictures[0], "red circle: right; blue square: right\n"]
+
+
+def test_score_takes_params_and_a_prompt_for_each_picture(pictures, capsys, tmp_path, monkeypatch):
+    (tmp_path / "lengths.py").write_text(
+        "def f(images, prompts, metadata, factor, plus=0):\n    return [factor * len(p) + plus for p in prompts]\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    arguments = ["--reward", "lengths:f", "--params", "factor=2.5", "--params", "plus=1", "--prompt", "a", "--prompt", "abc"]
+    assert main(["score", *arguments, *pictures]) == 0
+    assert [float(line.split()[0]) for line in capsys.readouterr().out.splitlines()] == [3.5, 8.5]
+
+
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        (["--reward", "nosuch", "{a}"], "--reward.0.name: unknown reward 'nosuch': one of"),
+        (["--reward", "aesthetic", "--params", "dtype=int8", "{a}"], "--reward.0.params: aesthetic: dtype 'int8' is not one"),
+        (["--reward", "shapes", "{b}", "--prompt", "a red circle"], "--prompt: the shapes reward scores pictures of 64 x 64"),
+        (["--reward", "shapes", "{a}", "--prompt", "a cat"], "--prompt: the shapes reward cannot read the prompt 'a cat'"),
+        (["--reward", "shapes", "{a}", "--prompt", "a", "--prompt", "b"], "--prompt: 2 prompts for 1 pictures: give one, or"),
+        (["--reward", "shapes", "nowhere.png"], "nowhere.png: No such file or directory"),
+        (["--reward", "shapes", __file__], f"{__file__}: no picture"),
+        (["--reward", "aesthetic", "--params", "dtype", "{a}"], "override 'dtype'"),
+    ],
+)
+def test_score_refuses_what_it_cannot_score(pictures, capsys, arguments, says):
+    filled = [argument.format(a=pictures[0], b=pictures[1]) for argument in arguments]
+    assert main(["score", *filled]) == 2
+    assert capsys.readouterr().err.startswith(f"fastloop: {says}")
+
+
+def test_score_tells_why_a_reward_failed(pictures, capsys, make, monkeypatch):
+    make("mine:score", score=lambda images, prompts, metadata: 1 / 0)
+    assert main(["score", "--reward", "mine:score", pictures[0], "--prompt", "a cat"]) == 1
+    assert capsys.readouterr().err == (
+        "fastloop: reward mine:score failed for the prompt 'a cat': ZeroDivisionError: division by zero\n"
+    )

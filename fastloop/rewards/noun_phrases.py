@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import re
 
-# Words at which a noun phrase ends: prepositions, conjunctions, auxiliaries, pronouns, and verbs that such prompts use.
+# Words at which a noun phrase ends: prepositions, conjunctions, auxiliaries, pronouns.
 _BREAKS = frozenset(
     """and or but nor while as because so that which who whose where when then than if
     of in on at by with without from to into onto over under above below behind beside besides between among near next
     through across along around against inside outside beneath underneath atop toward towards upon within during after
     before for about like up down off out
     is are was were be been being am has have had having do does did can could will would shall should may might must not
-    it its he she they them him his her hers their theirs we us our you your i me my there here this these those
-    sits sit sat stands stand stood lies lay lays hangs hang hung holds hold held wears wear wore rests rest rested
+    it its he she they them him his her hers their theirs we us our you your i me my there here this these
+    those""".split()  # noqa: SIM905
+)
+# Verbs that such prompts use; at the start or after a determiner the same word is a thing, as in "a fly".
+_VERBS = frozenset(
+    """sits sit sat stands stand stood lies lay lays hangs hang hung holds hold held wears wear wore rests rest rested
     grows grow grew flies fly flew runs run ran walks walk walked looks look looked eats eat ate drinks drank
     plays played rides rode reads read carries carry carried faces faced surrounds surrounded covers covered contrasts
     contrasted leans lean leaned stretches stretched casts cast swims swam jumps jumped shines shone sleeps slept made
-    left right""".split()  # noqa: SIM905
+    left""".split()  # noqa: SIM905
 )
 _DETERMINERS = frozenset("a an the some several many few two three four five six seven eight nine ten one".split())  # noqa: SIM905
 _BE = frozenset("is are was were be been being".split())  # noqa: SIM905
@@ -39,7 +43,8 @@ def by_rule(prompt: str) -> list[str]:
         run: list[str] = []
         for before, word, after in zip(["", *words], words, [*words[1:], "and"], strict=False):
             named = any(w not in _DETERMINERS for w in run)
-            ends = (word in _BREAKS and not (word in ("left", "right") and run)) or _is_participle(before, word, after, named)
+            verb = word in _VERBS and before != "" and before not in _DETERMINERS
+            ends = word in _BREAKS or verb or _is_participle(before, word, after, named)
             if ends or (word in _DETERMINERS and named):
                 if named and not _PLACES.issuperset(set(run) - _DETERMINERS):
                     phrases.append(" ".join(run))
