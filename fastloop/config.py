@@ -114,6 +114,9 @@ class SamplingConfig(Strict):
     negative_prompt: str = ""
     height: Positive | None = Field(None, description="pixels; default: the model's own size")
     width: Positive | None = Field(None, description="pixels; default: the model's own size")
+    original_size: tuple[Positive, Positive] | None = Field(None, description="SDXL: height and width; default: the picture's")
+    crop_top_left: tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]] = (0, 0)
+    target_size: tuple[Positive, Positive] | None = Field(None, description="SDXL: height and width; default: the picture's")
 
 
 class EvalConfig(Strict):

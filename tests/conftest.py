@@ -15,8 +15,16 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported: its kernels then run on the CPU
-from diffusers import AutoencoderKL, DDIMScheduler, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from fastloop.config import parse_config
 from fastloop.denoisers import ASSETS
@@ -38,25 +46,30 @@ def bench_module():
     return load
 
 
-def make_sd(folder, prediction: str = "epsilon", scheduler=DDIMScheduler, sample_size: int = 8) -> str:
-    """A tiny random StableDiffusionPipeline of 16 px pictures saved to a folder, as diffusers saves it."""
-    torch.manual_seed(0)
-    tokenizer = CLIPTokenizer.from_pretrained(ASSETS / "shapes" / "tokenizer")  # a new one would number its words anew
-    text_encoder = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=16,
-            intermediate_size=24,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            max_position_embeddings=tokenizer.model_max_length,
-            projection_dim=16,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
+SETTINGS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+
+
+def make_tokenizer(**kwargs) -> CLIPTokenizer:
+    return CLIPTokenizer.from_pretrained(ASSETS / "shapes" / "tokenizer", **kwargs)  # a new one would number its words anew
+
+
+def make_text_config(tokenizer, hidden: int = 16, layers: int = 1, projection: int = 16) -> CLIPTextConfig:
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden,
+        intermediate_size=24,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        max_position_embeddings=tokenizer.model_max_length,
+        projection_dim=projection,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
-    unet = UNet2DConditionModel(
+
+
+def make_unet(sample_size: int, **kwargs) -> UNet2DConditionModel:
+    return UNet2DConditionModel(
         sample_size=sample_size,
         in_channels=4,
         out_channels=4,
@@ -65,28 +78,63 @@ def make_sd(folder, prediction: str = "epsilon", scheduler=DDIMScheduler, sample
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         attention_head_dim=2,
-        cross_attention_dim=16,
         norm_num_groups=4,
+        **kwargs,
     )
-    vae = AutoencoderKL(
+
+
+def make_vae(sample_size: int, **kwargs) -> AutoencoderKL:
+    return AutoencoderKL(
         block_out_channels=(8, 8),
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
         latent_channels=4,
         norm_num_groups=4,
         sample_size=2 * sample_size,
+        **kwargs,
     )
-    settings = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+
+
+def make_sd(folder, prediction: str = "epsilon", scheduler=DDIMScheduler, sample_size: int = 8) -> str:
+    """A tiny random StableDiffusionPipeline of 16 px pictures saved to a folder, as diffusers saves it."""
+    torch.manual_seed(0)
+    tokenizer = make_tokenizer()
     clip = {"clip_sample": False} if scheduler is DDIMScheduler else {"skip_prk_steps": True}
     StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=text_encoder,
+        text_encoder=CLIPTextModel(make_text_config(tokenizer)),
+        unet=make_unet(sample_size, cross_attention_dim=16),
+        vae=make_vae(sample_size),
         tokenizer=tokenizer,
-        unet=unet,
-        scheduler=scheduler(prediction_type=prediction, set_alpha_to_one=False, **settings, **clip),
+        scheduler=scheduler(prediction_type=prediction, set_alpha_to_one=False, **SETTINGS, **clip),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
+    ).save_pretrained(folder)
+    return str(folder)
+
+
+def make_sdxl(folder, prediction: str = "epsilon", zeros: bool = True) -> str:
+    """A tiny random StableDiffusionXLPipeline of 16 px pictures; its second tokenizer pads with another word, as SDXL's."""
+    torch.manual_seed(0)
+    tokenizer, tokenizer_2 = make_tokenizer(), make_tokenizer(pad_token="!")
+    StableDiffusionXLPipeline(
+        text_encoder=CLIPTextModel(make_text_config(tokenizer, layers=2)),
+        text_encoder_2=CLIPTextModelWithProjection(make_text_config(tokenizer_2, hidden=24, layers=3, projection=12)),
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer_2,
+        unet=make_unet(
+            8,
+            cross_attention_dim=16 + 24,
+            transformer_layers_per_block=(1, 2),
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=6 * 8 + 12,
+        ),
+        vae=make_vae(8, scaling_factor=0.13025),
+        scheduler=EulerDiscreteScheduler(prediction_type=prediction, timestep_spacing="leading", **SETTINGS),
+        force_zeros_for_empty_prompt=zeros,
+        add_watermarker=False,
     ).save_pretrained(folder)
     return str(folder)
 
@@ -101,6 +149,18 @@ def tiny_sd(tmp_path_factory) -> str:
 def tiny_sd_v(tmp_path_factory) -> str:
     """v-prediction, a PNDM scheduler, as SD 2.x ships."""
     return make_sd(tmp_path_factory.mktemp("sd_v"), "v_prediction", PNDMScheduler)
+
+
+@pytest.fixture(scope="session")
+def tiny_sdxl(tmp_path_factory) -> str:
+    """Epsilon prediction, an Euler scheduler, zeros for an absent negative prompt, as SDXL ships."""
+    return make_sdxl(tmp_path_factory.mktemp("sdxl"))
+
+
+@pytest.fixture(scope="session")
+def tiny_sdxl_v(tmp_path_factory) -> str:
+    """v-prediction, and an absent negative prompt is an empty text."""
+    return make_sdxl(tmp_path_factory.mktemp("sdxl_v"), "v_prediction", zeros=False)
 
 
 @pytest.fixture

@@ -21,6 +21,10 @@ CPU = torch.device("cpu")
 PUBLISHED = {  # parameters, and the side of their pictures
     "sd15": ({"unet": 859_520_964, "text_encoder": 123_060_480, "vae": 83_653_863}, 512),
     "sd2": ({"unet": 865_910_724, "text_encoder": 340_387_840, "vae": 83_653_863}, 768),
+    "sdxl": (
+        {"unet": 2_567_463_684, "text_encoder": 123_060_480, "text_encoder_2": 694_659_840, "vae": 83_653_863},
+        1024,
+    ),
 }
 
 
@@ -64,7 +68,9 @@ def test_random_weights_are_the_same_in_every_process_and_leave_the_random_numbe
 
 
 @pytest.mark.parametrize("adapter", ["lora", "full"])
-def test_a_model_without_files_trains_resumes_and_is_exported(make_config, tiny_architecture, tmp_path, adapter):
+def test_a_model_without_files_trains_resumes_and_is_exported(make_config, tiny_architecture, tmp_path, monkeypatch, adapter):
+    monkeypatch.setattr("fastloop.trainer.write_report", lambda folder: None)  # takes longer than these runs
+
     def config(folder: str, iterations: int):
         model = {"path": None, "random_init": "sd15", "adapter": adapter}
         few = {"every": 9, "images_per_prompt": 1, "grid": 1, "prompts": {"source": "animals", "limit": 1}}

@@ -17,6 +17,7 @@ ASSETS = Path(__file__).resolve().parent.parent / "assets"
 ARCHITECTURES = ASSETS / "architectures"  # published configs, without weights
 FAMILIES = {  # the class of a pipeline: the module and the class of its adapter
     "StableDiffusionPipeline": ("sd", "StableDiffusion"),
+    "StableDiffusionXLPipeline": ("sdxl", "StableDiffusionXL"),
 }
 
 

@@ -65,6 +65,7 @@ class Denoiser:
     text_classes: dict[str, type]  # of the text encoders, by the name of their part
     absent: dict[str, Any]  # arguments of the pipeline for the parts that are left out
     upcasts_vae = False  # whether the family's pipeline decodes in float32 where the VAE's config has force_upcast
+    sizes_condition = False  # whether the UNet is told of picture sizes
 
     def __init__(
         self,
@@ -241,7 +242,15 @@ class Denoiser:
         )
 
     def image_size(self, sampling: SamplingConfig) -> tuple[int, int]:
-        """(height, width) in pixels of the pictures. Raises ``UserError`` as `latent_shape`."""
+        """(height, width) in pixels of the pictures.
+
+        Raises:
+            UserError: as `latent_shape`, and for sizes as a condition where the model takes none.
+        """
+        if not self.sizes_condition:
+            for key in ("original_size", "crop_top_left", "target_size"):
+                if getattr(sampling, key) != SamplingConfig.model_fields[key].default:
+                    raise UserError(f"sampling.{key}: only SDXL is told of picture sizes: leave it out")
         _, height, width = self.latent_shape(sampling.height, sampling.width)
         return height * self.scale_factor, width * self.scale_factor
 
@@ -400,6 +409,13 @@ class Denoiser:
             unet=self.unet,
             **self.absent,
         )
+
+
+def refuse_misfits(path: str, *rows: tuple[str, int, int, str]) -> None:
+    """Of (part, channels it gives, channels the UNet takes, the UNet's key): ``UserError`` where they differ."""
+    for what, gives, takes, key in rows:
+        if gives != takes:
+            raise UserError(f"model.path: the {what} of {path} gives {gives} channels, its UNet takes {takes} ({key})")
 
 
 def _maker(kind: type):

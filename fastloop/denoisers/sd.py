@@ -9,8 +9,7 @@ from diffusers import StableDiffusionPipeline
 from transformers import CLIPTextModel
 
 from fastloop.config import SamplingConfig
-from fastloop.denoisers.base import DTYPES, Denoiser
-from fastloop.errors import UserError
+from fastloop.denoisers.base import DTYPES, Denoiser, refuse_misfits
 
 
 class StableDiffusion(Denoiser):
@@ -22,19 +21,19 @@ class StableDiffusion(Denoiser):
 
     @classmethod
     def check_fit(cls, path, text_configs, vae, unet) -> None:
-        for what, gives, takes, key in (
+        refuse_misfits(
+            path,
             ("text encoder", text_configs["text_encoder"].hidden_size, unet.cross_attention_dim, "cross_attention_dim"),
             ("VAE", vae.latent_channels, unet.in_channels, "in_channels"),
-        ):
-            if gives != takes:
-                raise UserError(f"model.path: the {what} of {path} gives {gives} channels, its UNet takes {takes} ({key})")
+        )
 
     def embed(self, text: str | None) -> tuple[torch.Tensor]:
         return (self.text_encoders["text_encoder"](self.tokens(self.tokenizers["tokenizer"], text or ""))[0][0],)
 
     def blank_embedding(self) -> tuple[torch.Tensor]:
         config = self.text_encoders["text_encoder"].config
-        return (torch.empty(config.max_position_embeddings, config.hidden_size, device=self.device),)
+        size = config.max_position_embeddings, config.hidden_size
+        return (torch.empty(size, dtype=DTYPES[self.config.dtype], device=self.device),)
 
     def condition(self, embeddings: list[tuple[torch.Tensor]], sampling: SamplingConfig) -> torch.Tensor:
         return torch.stack([hidden for (hidden,) in embeddings])

@@ -1,0 +1,101 @@
+"""Stable Diffusion XL: any diffusers-format folder or hub id, epsilon or v-prediction, any size the UNet can halve."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import StableDiffusionXLPipeline
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+from fastloop.config import SamplingConfig
+from fastloop.denoisers import read_json
+from fastloop.denoisers.base import DTYPES, Denoiser, refuse_misfits
+from fastloop.errors import UserError
+
+TIME_IDS = 6  # original height and width, crop from the top and the left, target height and width
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What the UNet is told of n pictures.
+
+    Attributes:
+        text: (n, L, C), the last but one hidden states of both text encoders side by side.
+        pooled: (n, P), the second encoder's projection of the whole text.
+        time_ids: float32 (n, 6), pixels: original size, crop and target size, vertical before horizontal.
+    """
+
+    text: torch.Tensor
+    pooled: torch.Tensor
+    time_ids: torch.Tensor
+
+    def __getitem__(self, rows: torch.Tensor) -> Conditioning:
+        return Conditioning(self.text[rows], self.pooled[rows], self.time_ids[rows])
+
+
+class StableDiffusionXL(Denoiser):
+    """Two text encoders, and sizes as a condition (arXiv 2307.01952, section 2.2)."""
+
+    pipeline_class = StableDiffusionXLPipeline
+    text_classes = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
+    absent = dict.fromkeys(("image_encoder", "feature_extractor"))
+    upcasts_vae = True
+    sizes_condition = True
+
+    @classmethod
+    def check_fit(cls, path, text_configs, vae, unet) -> None:
+        if unet.addition_embed_type != "text_time":
+            raise UserError(
+                f"model.path: the UNet of {path} has addition_embed_type={unet.addition_embed_type}: SDXL's has text_time"
+            )
+        first, second = text_configs.values()
+        pooled = TIME_IDS * unet.addition_time_embed_dim + second.projection_dim
+        refuse_misfits(
+            path,
+            ("pair of text encoders", first.hidden_size + second.hidden_size, unet.cross_attention_dim, "cross_attention_dim"),
+            (
+                "second text encoder, with six sizes,",
+                pooled,
+                unet.projection_class_embeddings_input_dim,
+                "projection_class_embeddings_input_dim",
+            ),
+            ("VAE", vae.latent_channels, unet.in_channels, "in_channels"),
+        )
+
+    def embed(self, text: str | None) -> tuple[torch.Tensor, torch.Tensor]:
+        if text is None:
+            index = read_json(self.path, self.config, "model_index.json")
+            if index.get("force_zeros_for_empty_prompt", True):
+                return tuple(torch.zeros_like(tensor) for tensor in self.blank_embedding())
+            text = ""
+        outputs = [
+            encoder(self.tokens(tokenizer, text), output_hidden_states=True)
+            for tokenizer, encoder in zip(self.tokenizers.values(), self.text_encoders.values(), strict=True)
+        ]
+        return torch.cat([output.hidden_states[-2][0] for output in outputs], -1), outputs[1].text_embeds[0]
+
+    def blank_embedding(self) -> tuple[torch.Tensor, torch.Tensor]:
+        first, second = (encoder.config for encoder in self.text_encoders.values())
+        like = {"dtype": DTYPES[self.config.dtype], "device": self.device}
+        width = first.hidden_size + second.hidden_size
+        return torch.empty(first.max_position_embeddings, width, **like), torch.empty(second.projection_dim, **like)
+
+    def condition(self, embeddings: list[tuple[torch.Tensor, torch.Tensor]], sampling: SamplingConfig) -> Conditioning:
+        size = self.image_size(sampling)
+        sizes = (*(sampling.original_size or size), *sampling.crop_top_left, *(sampling.target_size or size))
+        texts, pooled = zip(*embeddings, strict=True)
+        ids = torch.tensor(sizes, dtype=torch.float32, device=self.device)
+        return Conditioning(torch.stack(texts), torch.stack(pooled), ids.repeat(len(texts), 1))
+
+    def unet_arguments(self, cond: Conditioning, uncond: Conditioning | None) -> dict[str, Any]:
+        both = [cond] if uncond is None else [uncond, cond]
+        dtype = DTYPES[self.config.dtype]
+        return {
+            "encoder_hidden_states": torch.cat([c.text for c in both]).to(dtype),
+            "added_cond_kwargs": {
+                "text_embeds": torch.cat([c.pooled for c in both]).to(dtype),
+                "time_ids": torch.cat([c.time_ids for c in both]),
+            },
+        }
