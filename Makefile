@@ -4,7 +4,7 @@ PIP_ARGS ?=
 PIP = $(VENV)/bin/pip install --quiet --disable-pip-version-check
 PYTORCH_CPU = https://download.pytorch.org/whl/cpu
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint bench clean
 
 demo: $(VENV)/.installed  ## fine-tune the bundled model with LOOP: about 8 minutes on 2 CPU cores
 	$(VENV)/bin/fastloop train configs/shapes_demo.yaml --resume
@@ -15,6 +15,12 @@ test: lint  ## what CI runs
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+
+bench: $(VENV)/.installed  ## the quick benchmarks, compared with the committed ratios: under 15 minutes on 2 CPU cores
+	$(VENV)/bin/pytest bench/test_loop.py --durations=0 --benchmark-max-time=0.2 --benchmark-columns=median,iqr,rounds
+	$(VENV)/bin/python bench/kernel_table.py --quick
+	$(VENV)/bin/python bench/throughput.py --repeats 3 --out runs/bench $(if $(PEER),--peer-python $(PEER))
+	$(VENV)/bin/python bench/regression.py runs/bench
 
 clean:  ## the virtual environment only; runs/ stays
 	rm -rf $(VENV)

@@ -12,6 +12,7 @@ from fastloop.trainer import Trainer
 
 PPO = {"algorithm": "ppo", "images_per_prompt": 1, "prompts_per_step": 4, "clip_range": 1e-3}
 MODELS = [("tiny_sd", "lora", 2.0), ("tiny_sd", "full", 1.0), ("tiny_sd_v", "lora", 1.0), ("tiny_sd_v", "full", 3.0)]
+MODELS += [("tiny_sdxl", "lora", 2.0), ("tiny_sdxl", "full", 1.0)]
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,12 @@ from fastloop.tracking import read_rows
 from fastloop.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "fastloop/assets/shapes/README.md"]
+PAGES = [
+    ROOT / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    ROOT / "fastloop/assets/shapes/README.md",
+    ROOT / "bench/README.md",
+]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
