@@ -34,12 +34,12 @@ from fastloop.machine import describe_machine
 from fastloop.metrics import image_statistics, reward_metrics
 from fastloop.objectives import gaussian_kl
 from fastloop.optimizers import Ema, holding
-from fastloop.plan import check, largest_update
+from fastloop.plan import check, confirm, largest_update
 from fastloop.prompts import PromptStream
 from fastloop.ranks import ALONE, Ranks
 from fastloop.report import write_report
 from fastloop.rollout import Trajectories, gather_scores, kept_steps, scored_rollout, upload
-from fastloop.rundir import claim_run_dir, write_run
+from fastloop.rundir import claim_run_dir, rewrite_config, write_run
 from fastloop.tracking import Tracker, before_after_grid, image_grid, read_rows
 from fastloop.transitions import TransitionTable
 
@@ -64,8 +64,9 @@ class Trainer:
 
     def __init__(self, config: Config, resume: bool = False, ranks: Ranks = ALONE) -> None:
         """Raises ``UserError`` for anything in the configuration that does not fit the machine, the files or the model."""
-        self.config, self.ranks = config, ranks
-        checked = check(config, ranks)
+        checked = check(config, ranks, resume)
+        self.config, self.ranks, self.chosen = checked.config, ranks, None
+        config = self.config
         self.device, self.table, self.steps_trained = checked.device, checked.table, checked.steps_trained
         self.rewards, self.eval_rewards = checked.rewards, checked.eval_rewards
         self.prompts, self.eval_prompts = PromptStream(checked.prompts, config.seed), checked.eval_prompts
@@ -80,6 +81,9 @@ class Trainer:
         kernels.fuse(self.denoiser.unet, config.kernels, self.device)
         if config.kl.weight:
             self.denoiser.keep_reference()
+        if checked.chosen:
+            self.config, self.chosen = config, _ = confirm(checked, self.denoiser, ranks)
+            ranks.from_main(lambda: rewrite_config(self.folder, config))
         self.parameters = self.denoiser.trainable()
         weights, average, state = load_checkpoint(checkpoint) if checkpoint else (None, None, None)
         if weights is not None:
@@ -90,6 +94,8 @@ class Trainer:
         else:
             self.engine = TorchEngine(self.denoiser.unet, self.parameters, config, self.device)
         self.denoiser.model = self.engine.model
+        if config.model.compile:
+            self.denoiser.compile(micro_batch_sizes(config, len(self.eval_prompts), self.steps_trained, ranks))
         self.ema = None
         if config.ema.decay:
             with self.engine.whole(list(self.parameters.values())):
@@ -128,7 +134,7 @@ class Trainer:
         self._started = time.perf_counter() - self.seconds
         if self.ranks.main:
             machine = describe_machine(self.device) | ({"ranks": self.ranks.world} if self.ranks.world > 1 else {})
-            write_run(self.folder, status="running", machine=machine)
+            write_run(self.folder, status="running", machine=machine, batches=self.chosen)
         with self._signals(), self._recorded():
             while True:
                 last = self.iteration >= config.iterations
@@ -575,6 +581,13 @@ def micro_batches(update: np.ndarray, ranks: Ranks, n: int, size: int) -> list[n
     rounds = -(-np.bincount(owner).max() // size)
     own = update[owner == ranks.rank] - [ranks.share(n).start, 0]
     return [own[k * size : (k + 1) * size] for k in range(rounds)]
+
+
+def micro_batch_sizes(config: Config, eval_prompts: int, steps_trained: torch.Tensor, ranks: Ranks) -> list[int]:
+    """Rows of the largest calls of the UNet that a rank makes in rollouts, evaluations and updates."""
+    images = (config.images_per_rollout, eval_prompts * config.eval.images_per_prompt)
+    sizes = [min(config.memory.rollout_batch, len(ranks.padded(n))) for n in images]
+    return [*sizes, min(config.memory.update_batch, -(-largest_update(config, steps_trained) // ranks.world))]
 
 
 def step_weights(table: TransitionTable, steps: torch.Tensor, config: Config) -> torch.Tensor:
