@@ -369,6 +369,11 @@ def notes_for(rows: list[dict], size: str, on_gpu: bool) -> list[str]:
             else " On a CPU offload moves nothing out of the memory that is measured: it shows only what it costs."
         )
         notes.append("Offload replaces 8-bit AdamW by float32 CPU AdamW, which steps in the CPU's memory." + also)
+    if not on_gpu and any(row["row"].startswith("zero") for row in rows):
+        notes.append(
+            "On a CPU bitsandbytes unpacks the state of a whole tensor to float32 for its step, and ZeRO hands it a rank's "
+            "weights as one tensor: that is the step of the 8-bit rows with ZeRO. Its kernels for GPUs unpack nothing."
+        )
     if not on_gpu:
         notes.append(
             "Resident size beyond that after the imports. Small freed blocks may stay with the process: an upper bound."

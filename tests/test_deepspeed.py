@@ -106,27 +106,26 @@ def zero(stage: int, **keys) -> dict:
 # 9 trajectories: 5 and 4 on two ranks
 LIKE_TORCH = {
     **{f"lora-{stage}": zero(stage) for stage in STAGES},
-    **{f"full-{stage}": zero(stage) | FULL for stage in STAGES},
+    "full-1": zero(1) | FULL,
     "layerwise": zero(3, rollout_parameters="layerwise") | FULL | {"memory": {"gradient_checkpointing": True}},
     "kl-lora": zero(3) | {"kl": {"weight": 0.1}},
     "kl-full": zero(2) | FULL | {"kl": {"weight": 1e-3}},
     "average-1": zero(1) | {"ema": {"decay": 0.5}},
     "average-3": zero(3) | {"ema": {"decay": 0.5}},
-    "offload-1": zero(1, offload_optimizer=True) | FULL | OFFLOAD,
     "offload-2": zero(2, offload_optimizer=True) | OFFLOAD,
-    "offload-3": zero(3, offload_optimizer=True, offload_parameters=True) | FULL | OFFLOAD,
     "tracker": zero(2) | {"algorithm": "ppo"},
     "more-ranks-than-images": zero(3, rollout_parameters="layerwise")
     | {"algorithm": "reinforce", "advantage": "none", "prompts_per_step": 1, "images_per_prompt": 1, "updates_per_rollout": 1},
 }
-RESUMED = {
-    **{f"{stage}": zero(stage) for stage in STAGES},
+OTHERS_RESUMED = {
     "8bit-2": zero(2) | FULL | {"optimizer": {"name": "adamw8bit"}},
     "8bit-3": zero(3) | FULL | {"optimizer": {"name": "adamw8bit"}},
     "lion-1": zero(1) | FULL | {"optimizer": {"name": "lion8bit", "lr": 1e-3}},
-    **{f"bf16-{stage}": zero(stage) | BF16 for stage in STAGES},
-    "offload": zero(3, offload_optimizer=True) | FULL | OFFLOAD,
+    "bf16-1": zero(1) | BF16,
+    "bf16-3": zero(3) | BF16,
+    "offload-3": zero(3, offload_optimizer=True, offload_parameters=True) | FULL | OFFLOAD,
 }
+RESUMED = {f"lora-{stage}": LIKE_TORCH[f"lora-{stage}"] for stage in STAGES} | OTHERS_RESUMED
 
 
 @pytest.fixture(scope="session")
@@ -150,15 +149,13 @@ def base(tiny_sd) -> dict:
 
 @pytest.fixture(scope="session")
 def runs(base, tmp_path_factory) -> Path:
-    """All of these in one start of two ranks: as torch would, resumed after an iteration, and not interrupted."""
+    """All of these in one start of two ranks: as torch would, and resumed as if killed after the first iteration."""
     folder = tmp_path_factory.mktemp("runs")
-    todo = [merged(base, changes) | {"output_dir": str(folder / name)} for name, changes in LIKE_TORCH.items()]
+    todo = [
+        merged(base, changes) | {"output_dir": str(folder / name)} for name, changes in (LIKE_TORCH | OTHERS_RESUMED).items()
+    ]
     for name, changes in RESUMED.items():
-        values = merged(base, changes)
-        todo.append(values | {"output_dir": str(folder / f"unbroken-{name}")})
-        todo.append(values | {"output_dir": str(folder / f"broken-{name}"), "iterations": 1})
-        todo.append(values | {"output_dir": str(folder / f"broken-{name}"), "resume": True})
-    todo.append(merged(base, zero(2)) | {"output_dir": str(folder / "elsewhere"), "iterations": 1})
+        todo.append(merged(base, changes) | {"output_dir": str(folder / f"broken-{name}"), "resume": str(folder / name)})
     train_all(folder, 2, todo)
     return folder
 
@@ -220,7 +217,7 @@ def test_each_rank_draws_the_trajectories_of_a_single_process(base, tmp_path):
 
 @pytest.mark.parametrize("name", RESUMED)
 def test_a_resumed_run_equals_the_unbroken_one_bit_for_bit(runs, name):
-    broken, unbroken = runs / f"broken-{name}", runs / f"unbroken-{name}"
+    broken, unbroken = runs / f"broken-{name}", runs / name
     assert json.loads((broken / "resumed.json").read_text()) == [1, None]
     assert not equal(weights(unbroken), weights(unbroken, 1))
     assert equal(weights(broken), weights(unbroken))
@@ -233,11 +230,12 @@ def test_a_resumed_run_equals_the_unbroken_one_bit_for_bit(runs, name):
 
 def test_a_run_goes_on_with_another_number_of_ranks_and_another_engine(runs, base, tmp_path):
     """The weights are carried over, the optimizer's state is not, and that is said."""
-    values = merged(base, zero(2)) | {"output_dir": str(runs / "elsewhere"), "resume": True}
-    train_all(tmp_path, 3, [values, merged(values, {"engine": {"zero_stage": 3}, "iterations": 3})])
-    started, lost = json.loads((runs / "elsewhere" / "resumed.json").read_text())
-    assert (started, lost) == (2, "the optimizer's state, which DeepSpeed on 3 ranks with engine.zero_stage=2 has written")
-    trainer = alone({**base, "iterations": 4}, runs / "elsewhere", resume=True)
+    folder = runs / "elsewhere"
+    values = merged(base, zero(3)) | {"output_dir": str(folder), "resume": str(runs / "lora-2"), "iterations": 3}
+    train_all(tmp_path, 3, [values])
+    started, lost = json.loads((folder / "resumed.json").read_text())
+    assert (started, lost) == (1, "the optimizer's state, which DeepSpeed on 2 ranks with engine.zero_stage=2 has written")
+    trainer = alone({**base, "iterations": 4}, folder, resume=True)
     assert trainer.not_carried_over == "the optimizer's state, which DeepSpeed on 3 ranks with engine.zero_stage=3 has written"
     moved = [weights(runs / "elsewhere", i) for i in range(5)]
     assert not any(equal(one, other) for one, other in zip(moved, moved[1:], strict=False))
@@ -380,3 +378,51 @@ def test_bad_input_is_one_line_of_one_rank(tmp_path):
 def test_several_ranks_need_the_engine_for_them(tmp_path):
     done = launch(2, *recipe(2, tmp_path / "run", "engine={name: torch}"), code=2)
     assert "fastloop: engine.name: torch is for one process, the launcher started 2: set it to deepspeed" in done.stderr
+
+
+def test_two_machines_without_ssh_make_one_run(bundled_alone, tmp_path):
+    """Two launchers, as on two machines, each with the hostfile and its number."""
+    hosts = tmp_path / "hosts"
+    hosts.write_text("first slots=1\nsecond slots=1\n")
+    launcher, *_, port = command(1)
+    start = [launcher, "--hostfile", str(hosts), "--no_ssh", "--master_addr", "127.0.0.1", "--master_port", port]
+    machines = [
+        subprocess.Popen(
+            [*start, "--node_rank", str(number), *recipe(1, tmp_path / "run")],
+            cwd=ROOT,
+            env=environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for number in range(2)
+    ]
+    said = [machine.communicate(timeout=300)[0] for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0], said
+    assert [text.count("[2/2] reward") for text in said] == [1, 0]
+    assert distance(weights(tmp_path / "run"), weights(bundled_alone), weights(bundled_alone, 0)) < 1e-3
+
+
+def test_the_variables_that_slurm_can_set_are_enough(bundled_alone, tmp_path):
+    port = command(1)[-1]
+    own = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, *recipe(2, tmp_path / "run")],
+            cwd=ROOT,
+            env=environment() | own | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    said = [rank.communicate(timeout=300)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], said
+    assert distance(weights(tmp_path / "run"), weights(bundled_alone), weights(bundled_alone, 0)) < 1e-3
+
+
+def test_one_process_needs_no_launcher(bundled_alone, tmp_path):
+    done = [sys.executable, *recipe(2, tmp_path / "run")]
+    subprocess.run(done, cwd=ROOT, env=environment(), check=True, capture_output=True, timeout=300)
+    assert distance(weights(tmp_path / "run"), weights(bundled_alone), weights(bundled_alone, 0)) < 1e-3

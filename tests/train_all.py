@@ -1,10 +1,11 @@
 """A launcher's script for the tests: trains one configuration after the other, so that Python starts once for all of them.
 
-deepspeed tests/train_all.py CONFIGS.json, a list of configurations. With "resume": true it goes on with the run and writes
-resumed.json; every rank writes the trajectories of its last rollout.
+deepspeed tests/train_all.py CONFIGS.json, a list of configurations. With "resume": FOLDER it goes on with a copy of that run
+as it was when its first iteration was saved, and writes resumed.json. Every rank writes the trajectories of its last rollout.
 """
 
 import json
+import shutil
 import sys
 
 import torch
@@ -16,8 +17,12 @@ from fastloop.trainer import Trainer
 torch.set_num_threads(1)
 with Ranks.join() as ranks, open(sys.argv[-1]) as file:
     for values in json.load(file):
-        resume = values.pop("resume", False)
-        trainer = Trainer(parse_config(values, "test"), resume, ranks)
+        resume = values.pop("resume", None)
+        if resume and ranks.main:
+            later = [f"iteration-{i:06d}" for i in range(2, 10)]
+            shutil.copytree(resume, values["output_dir"], ignore=shutil.ignore_patterns(*later, "export", "trajectories-*"))
+        ranks.wait()
+        trainer = Trainer(parse_config(values, "test"), resume is not None, ranks)
         rollout = trainer._rollout
 
         def kept(*args, rollout=rollout, trainer=trainer):
