@@ -14,10 +14,11 @@ from fastloop.checkpoints import list_checkpoints, load_checkpoint
 from fastloop.config import ModelConfig, dump_config, load_config
 from fastloop.denoisers import build_skeleton, load_denoiser
 from fastloop.errors import UserError
-from fastloop.plan import plan
+from fastloop.plan import check, plan
 from fastloop.trainer import Trainer
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).resolve().parent.parent
 PUBLISHED = {  # parameters, and the side of their pictures
     "sd15": ({"unet": 859_520_964, "text_encoder": 123_060_480, "vae": 83_653_863}, 512),
     "sd2": ({"unet": 865_910_724, "text_encoder": 340_387_840, "vae": 83_653_863}, 768),
@@ -111,3 +112,19 @@ def test_the_written_configuration_reads_back(make_config, tmp_path):
     config = make_config(model={"path": None, "random_init": "sd2"})
     (tmp_path / "config.yaml").write_text(dump_config(config))
     assert load_config(tmp_path / "config.yaml") == config
+
+
+RECIPES = sorted(path for path in (ROOT / "configs").glob("*.yaml") if not path.name.startswith("shapes"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_full_size_recipe_fits_its_architecture_and_says_what_it_needs_and_how_it_was_verified(path):
+    name = path.name.split("_")[0]
+    config = load_config(path, ["model.path=null", "model.variant=null", f"model.random_init={name}"])
+    checked = check(config)  # refuses what `fastloop plan` and `fastloop train` refuse
+    checked.rewards.close()
+    checked.eval_rewards.close()
+    assert sum(p.numel() for p in checked.skeleton.vae.parameters()) == PUBLISHED[name][0]["vae"]
+    header = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    assert any(line.startswith("# Needs: ") and "GiB" in line for line in header)
+    assert any(line.startswith("# Verified: ") for line in header)
