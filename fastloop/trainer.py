@@ -34,14 +34,14 @@ from fastloop.machine import describe_machine
 from fastloop.metrics import image_statistics, reward_metrics
 from fastloop.objectives import gaussian_kl
 from fastloop.optimizers import Ema, holding
+from fastloop.pairs import micro_batch_sizes, micro_batches, shuffled_pairs, step_weights
 from fastloop.plan import check, confirm, largest_update
 from fastloop.prompts import PromptStream
 from fastloop.ranks import ALONE, Ranks
 from fastloop.report import write_report
-from fastloop.rollout import Trajectories, gather_scores, kept_steps, scored_rollout, upload
+from fastloop.rollout import Trajectories, gather_scores, scored_rollout, upload
 from fastloop.rundir import claim_run_dir, rewrite_config, write_run
 from fastloop.tracking import Tracker, before_after_grid, image_grid, read_rows
-from fastloop.transitions import TransitionTable
 
 DEVIATION = STATISTICS.index("ratio_max_dev")  # a maximum; the other statistics are sums
 MAX_SKIPPED = 8  # non-finite updates in a row that loss scaling may skip while it finds its scale
@@ -554,47 +554,6 @@ class Trainer:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-
-
-def shuffled_pairs(rng: np.random.Generator, n: int, steps: torch.Tensor, fraction: float) -> np.ndarray:
-    """One pass over (trajectory, timestep) pairs: int64 (n S, 2), S = fraction of the trained steps, at least one.
-
-    Each trajectory has its own order of its timesteps. The k-th timesteps of all trajectories stand together, the trajectories
-    shuffled, so that every stretch of pairs covers trajectories and groups as evenly as can be.
-    """
-    kept = kept_steps(steps, fraction)
-    orders = np.stack([rng.permutation(steps.numpy())[:kept] for _ in range(n)])
-    rows = [np.stack([i, orders[i, k]], 1) for k in range(kept) for i in [rng.permutation(n)]]
-    return np.concatenate(rows)
-
-
-def micro_batches(update: np.ndarray, ranks: Ranks, n: int, size: int) -> list[np.ndarray]:
-    """This rank's pairs of an update, at most ``size`` at a time, the trajectories numbered within its share of the n.
-
-    Args:
-        update: int64 (M, 2), of pairs (trajectory, step).
-
-    Returns:
-        int64 (m, 2) each, as many on every rank: the last may be empty where a rank has fewer pairs.
-    """
-    owner = np.searchsorted(ranks.bounds(n), update[:, 0], side="right") - 1
-    rounds = -(-np.bincount(owner).max() // size)
-    own = update[owner == ranks.rank] - [ranks.share(n).start, 0]
-    return [own[k * size : (k + 1) * size] for k in range(rounds)]
-
-
-def micro_batch_sizes(config: Config, eval_prompts: int, steps_trained: torch.Tensor, ranks: Ranks) -> list[int]:
-    """Rows of the largest calls of the UNet that a rank makes in rollouts, evaluations and updates."""
-    images = (config.images_per_rollout, eval_prompts * config.eval.images_per_prompt)
-    sizes = [min(config.memory.rollout_batch, len(ranks.padded(n))) for n in images]
-    return [*sizes, min(config.memory.update_batch, -(-largest_update(config, steps_trained) // ranks.world))]
-
-
-def step_weights(table: TransitionTable, steps: torch.Tensor, config: Config) -> torch.Tensor:
-    """Factor of the loss of each step, float64 (T,): ``last_steps.weight`` on the last trained ones, else 1."""
-    weights = torch.ones(len(table), dtype=torch.float64)
-    weights[steps[-config.last_steps.count :]] = config.last_steps.weight
-    return weights
 
 
 def duration(seconds: float) -> str:

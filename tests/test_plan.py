@@ -157,6 +157,11 @@ def measured(config) -> int:
     return live.peak
 
 
+def test_the_planned_peak_of_sdxl_is_within_15_percent_of_the_measured_one(make_config, tiny_sdxl):
+    config = make_config(model={"path": tiny_sdxl, "adapter": "full"}, prompts={"limit": 3}, iterations=1)
+    assert memory(config).peak == pytest.approx(measured(config), rel=0.15)
+
+
 @pytest.mark.parametrize(
     "changes",
     [
