@@ -88,17 +88,22 @@ def plan(config: Config, ranks: int = 1, gpu: bool = False, it_per_s: float | No
     config = checked.config
     checked.rewards.close()
     checked.eval_rewards.close()
+    lines = overview(checked, ranks)
+    lines += [] if it_per_s is None else time_lines(config, checked.steps_trained, ranks, it_per_s)
+    lines += ["", *_parameter_lines(config, checked.skeleton)]
+    return lines + _memory_lines(config, checked, ranks, gpu or checked.device.type == "cuda")
+
+
+def overview(checked: Checked, ranks: int = 1) -> list[str]:
+    """The model, the prompts and the arithmetic of an iteration."""
+    config = checked.config
     height, width = checked.skeleton.image_size(config.sampling)
-    lines = [
-        f"model        {config.model.path or config.model.random_init}, {config.model.adapter}, {config.model.dtype}, "
-        f"{width} x {height} pixels",
+    name = config.model.path or f"{config.model.random_init} with random weights"
+    return [
+        f"model        {name}, {config.model.adapter}, {config.model.dtype}, {width} x {height} pixels",
         f"prompts      {len(checked.prompts)} for training, {len(checked.eval_prompts)} for evaluation",
         *derived_lines(config, checked.steps_trained, ranks),
-        *([] if it_per_s is None else time_lines(config, checked.steps_trained, ranks, it_per_s)),
-        "",
-        *_parameter_lines(config, checked.skeleton),
     ]
-    return lines + _memory_lines(config, checked, ranks, gpu or checked.device.type == "cuda")
 
 
 def time_lines(config: Config, steps_trained: torch.Tensor, ranks: int, it_per_s: float) -> list[str]:
