@@ -166,7 +166,7 @@ def _load(args: argparse.Namespace):
     from fastloop.checkpoints import list_checkpoints, load_checkpoint, load_weights
     from fastloop.config import apply_overrides, parse_config
     from fastloop.denoisers import load_denoiser
-    from fastloop.plan import check_device
+    from fastloop.plan import check, check_device
     from fastloop.rundir import read_run_config
 
     def base():
@@ -179,6 +179,11 @@ def _load(args: argparse.Namespace):
     if not path.is_dir():
         config = load_config(path, args.overrides)
         check_device(config)
+        if config.memory.automatic:
+            checked = check(config)
+            config = checked.config
+            checked.rewards.close()
+            checked.eval_rewards.close()
         return config, base
     values = read_run_config(path).model_dump(mode="json")
     config = parse_config(apply_overrides(values, args.overrides), f"{path / 'config.yaml'}")

@@ -64,7 +64,10 @@ class ModelConfig(Strict):
     adapter: Literal["lora", "full"] = "lora"
     lora: LoraConfig = LoraConfig()
     dtype: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="latents and log-probs stay float32")
-    attention: Literal["sdpa", "xformers"] = "sdpa"
+    attention: Literal["sdpa", "flash", "xformers"] = Field("sdpa", description="flash: sdpa with no other of its backends")
+    compile: bool | Literal["regional"] = Field(
+        False, description="torch.compile of the UNet, or regional: of its transformer blocks, which compiles much faster"
+    )
     vae: VaeConfig = VaeConfig()
 
     @model_validator(mode="before")
@@ -190,11 +193,21 @@ class MemoryConfig(Strict):
     gradient_checkpointing: bool | list[str] = Field(
         False, description="recompute activations in the backward: of all blocks, or of those named, such as [up_blocks.3]"
     )
-    rollout_batch: Positive = Field(64, description="trajectories per denoiser call while sampling")
-    update_batch: Positive = Field(64, description="(trajectory, timestep) pairs per forward and backward")
-    vae_batch: Positive = Field(16, description="images per VAE call")
+    rollout_batch: Positive | None = Field(64, description="trajectories per denoiser call while sampling; or auto")
+    update_batch: Positive | None = Field(64, description="(trajectory, timestep) pairs per forward and backward; or auto")
+    vae_batch: Positive | None = Field(16, description="images per VAE call; or auto")
     offload_frozen: bool = Field(True, description="text encoders and VAE are on the GPU only while they compute")
     trajectories: Literal["device", "host"] = Field("device", description="host: in pinned memory, copied beside the work")
+
+    @field_validator("rollout_batch", "update_batch", "vae_batch", mode="before")
+    @classmethod
+    def _auto(cls, value: Any) -> Any:
+        return None if value == "auto" else value
+
+    @property
+    def automatic(self) -> list[str]:
+        """The batches that are to be chosen when the run starts: ``auto`` or null."""
+        return [name for name in ("rollout_batch", "update_batch", "vae_batch") if getattr(self, name) is None]
 
 
 class EngineConfig(Strict):

@@ -6,6 +6,7 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import shutil
 from typing import Any
 
 import torch
@@ -61,6 +62,26 @@ def xformers_problem() -> str | None:
     except Exception as error:
         return f"xformers does not work here: {str(error).splitlines()[0]}"
     return None
+
+
+def flash_problem(dtype: str, device: torch.device) -> str | None:
+    """Why ``model.attention=flash`` cannot be used, or ``None``."""
+    if dtype == "fp32":
+        return "flash attention computes in half precision and model.dtype is fp32: set it to bf16 or fp16"
+    if device.type != "cuda":
+        return f"flash attention needs a GPU, and this runs on {device}"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "flash attention needs compute capability 8.0"
+    return None if torch.backends.cuda.is_flash_attention_available() else "this PyTorch is built without flash attention"
+
+
+def compiler_problem(device: torch.device) -> str | None:
+    """Why torch.compile cannot be used on a device, or ``None``."""
+    if device.type == "cuda":
+        problem = triton_problem(device)
+        return problem and f"torch.compile writes Triton kernels, and triton {problem}"
+    compilers = [os.environ.get("CXX"), "g++", "clang++", "c++"]
+    return None if any(map(shutil.which, filter(None, compilers))) else "torch.compile needs a C++ compiler: install g++"
 
 
 def capabilities() -> list[tuple[str, str]]:

@@ -9,9 +9,13 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import os
+import re
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -23,10 +27,14 @@ from fastloop import kernels
 from fastloop.config import Config
 from fastloop.denoisers.base import CACHED_PROMPTS, DTYPES, Denoiser
 from fastloop.engines.deepspeed import BUCKET
+from fastloop.errors import UserError
 from fastloop.kernels.reference import transition_mean
 from fastloop.objectives import gaussian_kl
 from fastloop.optimizers import state_bytes, step_bytes
+from fastloop.ranks import Ranks
 
+FILL = 0.9  # of the free memory that automatic batches may fill; the rest is for what is not traced
+MOST, MOST_PICTURES = 64, 16  # larger batches are not faster
 TRACED = (2, 3)  # the batches of the two traces from which those of any other follow
 
 
@@ -166,16 +174,9 @@ class Traced:
                 encoder(torch.zeros(1, encoder.config.max_position_embeddings, dtype=torch.int64), output_hidden_states=True)
         return live.peak
 
-    def _inputs(self, batch: int) -> tuple:
-        denoiser, sampling = self.denoiser, self.config.sampling
-        embeddings = [denoiser.blank_embedding()] * batch
-        cond = denoiser.condition(embeddings, sampling)
-        uncond = None if sampling.guidance_scale == 1 else denoiser.condition(embeddings, sampling)
-        return torch.empty(batch, *self.shape), torch.zeros(batch, dtype=torch.int64), cond, uncond
-
     def _rollout(self, batch: int) -> None:
         with torch.no_grad():
-            x, t, *text = self._inputs(batch)
+            x, t, *text = inputs(self.denoiser, self.config, batch)
             outputs = self.denoiser.predict(x, t, *text)
             row, w = torch.ones(batch), self.config.sampling.guidance_scale
             self.ops.sample_transition(*outputs, x, row, row, row, w, 0, t, 0)
@@ -188,23 +189,34 @@ class Traced:
             x.round().to(torch.uint8).permute(0, 2, 3, 1)
 
     def _update(self, batch: int) -> None:
-        config = self.config
-        w = config.sampling.guidance_scale
         for p in self.denoiser.trainable().values():
             p.grad = torch.empty_like(p) if self._accumulates else None
-        x, t, *text = self._inputs(batch)
-        x_prev, row = torch.empty_like(x), torch.ones(batch)
-        outputs = self.denoiser.predict(x, t, *text)
-        terms = self.ops.policy_loss(
-            *outputs, x, x_prev, row, row, row, w, row, row, config.clip_range, config.objective, 0, t, t
-        )
-        loss = terms.loss
-        if config.kl.weight:
-            with torch.no_grad(), self.denoiser.reference():
-                reference = self.denoiser.predict(x, t, *text)
-            means = (transition_mean(*o, x, row, row, w) for o in (outputs, reference))
-            loss = loss + config.kl.weight * gaussian_kl(*means, row)
-        loss.sum().backward()
+        update_loss(self.denoiser, self.config, self.ops, batch).backward()
+
+
+def inputs(denoiser: Denoiser, config: Config, batch: int) -> tuple:
+    """Latents, timesteps and both conditions of a micro-batch, of the right shapes; the values are whatever was there."""
+    embeddings = [denoiser.blank_embedding()] * batch
+    cond = denoiser.condition(embeddings, config.sampling)
+    uncond = None if config.sampling.guidance_scale == 1 else denoiser.condition(embeddings, config.sampling)
+    x = torch.empty(batch, *denoiser.latent_shape(config.sampling.height, config.sampling.width), device=denoiser.device)
+    return x, torch.zeros(batch, dtype=torch.int64, device=denoiser.device), cond, uncond
+
+
+def update_loss(denoiser: Denoiser, config: Config, ops: ModuleType, batch: int) -> torch.Tensor:
+    """The loss of so many pairs, as the trainer computes it, of inputs without meaning."""
+    w = config.sampling.guidance_scale
+    x, t, *text = inputs(denoiser, config, batch)
+    x_prev, row = torch.empty_like(x), torch.ones(batch, device=x.device)
+    outputs = denoiser.predict(x, t, *text)
+    terms = ops.policy_loss(*outputs, x, x_prev, row, row, row, w, row, row, config.clip_range, config.objective, 0, t, t)
+    loss = terms.loss
+    if config.kl.weight:
+        with torch.no_grad(), denoiser.reference():
+            reference = denoiser.predict(x, t, *text)
+        means = (transition_mean(*o, x, row, row, w) for o in (outputs, reference))
+        loss = loss + config.kl.weight * gaussian_kl(*means, row)
+    return loss.sum()
 
 
 @dataclass(frozen=True)
@@ -288,6 +300,8 @@ def estimate(
         f"decoding of {decode}": traced.decode.peak(decode),
         f"activations of {update} pairs": traced.activations(update),
     }
+    if rollout <= (config.memory.update_batch or update):  # the first rollout batch is replayed with gradients on
+        working["self-check"] = traced.activations(rollout) + gathered
     phases = {name: resident + size for name, size in working.items()}
     return Estimate({name: size for name, size in parts.items() if size}, phases, {k: v for k, v in host.items() if v})
 
@@ -357,6 +371,115 @@ def _bytes(module: torch.nn.Module) -> int:
 
 def _size(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.element_size()
+
+
+# --- batches that fit -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What `choose` decided, for run.json. Sizes in bytes: free when the run started, planned at most."""
+
+    rollout_batch: int
+    update_batch: int
+    vae_batch: int
+    free: int
+    planned: int
+
+
+def free_bytes(device: torch.device, neighbours: int) -> int:
+    """Memory that a process may take of a device that it shares with so many: of a GPU, what is free there now."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    found = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    if Path("/proc/meminfo").exists():
+        found.append(1024 * int(re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())[1]))
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")  # of a container
+    if limit.exists() and used.exists() and limit.read_text().strip() != "max":
+        found.append(int(limit.read_text()) - int(used.read_text()))
+    return max(0, min(found)) // neighbours
+
+
+def choose(
+    config: Config, traced: Traced, prompts: int, pairs: int, ranks: Ranks, on_gpu: bool, free: int, factor: float = 1.0
+) -> Chosen:
+    """Numbers for the batches that are ``auto``: the largest that fit into ``FILL`` of what is free on every rank.
+
+    They are then evened out, so that the last batch is nearly as large as the others. In half precision, where results
+    depend on the batch, rollout and update get one size if both are automatic: they are then computed alike.
+
+    Args:
+        factor: of the traced working memory, where a probe has shown that it needs more.
+
+    Raises:
+        UserError: not even a batch of one fits.
+    """
+    ones = estimate(config, traced, prompts, pairs, ranks.world, on_gpu, (1, 1, 1))
+    share = -(-config.images_per_rollout // ranks.world)
+    limits = {"rollout": share, "update": -(-pairs // ranks.world), "decode": min(share, MOST_PICTURES)}
+    automatic = {name.replace("vae", "decode").removesuffix("_batch") for name in config.memory.automatic}
+    given = dict(zip(limits, (config.memory.rollout_batch, config.memory.update_batch, config.memory.vae_batch), strict=True))
+    for name in limits:
+        if name not in automatic:
+            continue
+        phase = getattr(traced, name)
+        room = (FILL * free - (ones.phases[name] - phase.peak(1))) / factor
+        own = phase.largest(room, min(MOST, limits[name]))
+        most = -ranks.highest(-own)
+        if not most:
+            raise UserError(
+                f"memory.{name.replace('decode', 'vae')}_batch: auto finds no room for even one: it needs about "
+                f"{ones.phases[name] / 2**30:.2f} GiB, and {FILL * free / 2**30:.2f} GiB of what is free may be used: "
+                "see docs/memory.md for what to switch on"
+            )
+        given[name] = -(-limits[name] // -(-limits[name] // most))
+    if {"rollout", "update"} <= automatic and config.model.dtype != "fp32":
+        given["rollout"] = given["update"] = min(given["rollout"], given["update"])
+    batches = tuple(given.values())
+    planned = estimate(config, traced, prompts, pairs, ranks.world, on_gpu, batches).peak
+    return Chosen(*batches, free, planned)
+
+
+def with_batches(config: Config, chosen: Chosen) -> Config:
+    """The configuration with these numbers."""
+    numbers = {name: getattr(chosen, name) for name in ("rollout_batch", "update_batch", "vae_batch")}
+    return config.model_copy(update={"memory": config.memory.model_copy(update=numbers)})
+
+
+def probed_factor(denoiser: Denoiser, config: Config, traced: Traced) -> float:
+    """How much more a real forward and backward needs than the traced one, at the chosen batch or as much of it as fits.
+
+    Gradients are computed and thrown away, so that neither the model nor the random numbers change.
+    """
+    ops = kernels.backend(config.kernels, denoiser.device)
+    parameters, batch = list(denoiser.trainable().values()), config.memory.update_batch
+    while True:
+        try:
+            with LiveBytes() if denoiser.device.type == "cpu" else _CudaBytes(denoiser.device) as live:
+                torch.autograd.grad(update_loss(denoiser, config, ops, batch), parameters)
+            return max(1.0, live.peak / traced.update.peak(batch))
+        except torch.OutOfMemoryError:
+            if batch == 1:
+                raise UserError(
+                    "memory.update_batch: auto: the device has no room for one pair: see docs/memory.md for what to switch on"
+                ) from None
+        batch //= 2  # outside of the handler, which holds on to what did not fit
+        torch.cuda.empty_cache()
+
+
+class _CudaBytes:
+    """As `LiveBytes`, of PyTorch's allocator on a GPU: ``peak`` beyond what was there before."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.peak = device, 0
+
+    def __enter__(self) -> _CudaBytes:
+        torch.cuda.reset_peak_memory_stats(self.device)
+        self._before = torch.cuda.memory_allocated(self.device)
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.peak = torch.cuda.max_memory_allocated(self.device) - self._before
 
 
 def _upcast_norms(unet: torch.nn.Module) -> None:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
+import numpy as np
 import torch
 
 from fastloop import kernels
-from fastloop.config import Config
+from fastloop.config import Config, MemoryConfig, load_config
 from fastloop.denoisers import build_skeleton
 from fastloop.denoisers.base import Denoiser
 from fastloop.engines.deepspeed import deepspeed_problem, deepspeed_settings
 from fastloop.engines.torch import pick_device
 from fastloop.errors import UserError
-from fastloop.memory import Estimate, Traced, estimate, sizes
+from fastloop.machine import compiler_problem, flash_problem
+from fastloop.memory import Chosen, Estimate, Traced, choose, estimate, free_bytes, probed_factor, sizes, with_batches
 from fastloop.optimizers import optimizer_problem
 from fastloop.prompts import Prompt, load_prompts
 from fastloop.ranks import ALONE, Ranks
@@ -80,20 +84,26 @@ def plan(config: Config, ranks: int = 1, gpu: bool = False, it_per_s: float | No
     """
     if ranks > 1 and config.engine.name == "torch":
         raise UserError(f"--ranks: {ranks}, but engine.name=torch is for one process: set engine.name=deepspeed")
-    checked = check(config)
+    checked = check(config, gpu=gpu)
+    config = checked.config
     checked.rewards.close()
     checked.eval_rewards.close()
+    lines = overview(checked, ranks)
+    lines += [] if it_per_s is None else time_lines(config, checked.steps_trained, ranks, it_per_s)
+    lines += ["", *_parameter_lines(config, checked.skeleton)]
+    return lines + _memory_lines(config, checked, ranks, gpu or checked.device.type == "cuda")
+
+
+def overview(checked: Checked, ranks: int = 1) -> list[str]:
+    """The model, the prompts and the arithmetic of an iteration."""
+    config = checked.config
     height, width = checked.skeleton.image_size(config.sampling)
-    lines = [
-        f"model        {config.model.path or config.model.random_init}, {config.model.adapter}, {config.model.dtype}, "
-        f"{width} x {height} pixels",
+    name = config.model.path or f"{config.model.random_init} with random weights"
+    return [
+        f"model        {name}, {config.model.adapter}, {config.model.dtype}, {width} x {height} pixels",
         f"prompts      {len(checked.prompts)} for training, {len(checked.eval_prompts)} for evaluation",
         *derived_lines(config, checked.steps_trained, ranks),
-        *([] if it_per_s is None else time_lines(config, checked.steps_trained, ranks, it_per_s)),
-        "",
-        *_parameter_lines(config, checked.skeleton),
     ]
-    return lines + _memory_lines(config, checked, ranks, gpu or checked.device.type == "cuda")
 
 
 def time_lines(config: Config, steps_trained: torch.Tensor, ranks: int, it_per_s: float) -> list[str]:
@@ -127,6 +137,10 @@ class Checked:
     table: TransitionTable
     steps_trained: torch.Tensor  # int64, indices into the table
     skeleton: Denoiser  # with what is trained, on the meta device
+    config: Config  # with numbers where it had `auto`
+    asked: MemoryConfig  # as it was given
+    chosen: Chosen | None  # those that were chosen just now, and from what
+    traced: Traced | None  # what they were chosen by; the skeleton is then its
 
 
 def check_device(config: Config, local_rank: int = 0) -> torch.device:
@@ -142,15 +156,32 @@ def check_device(config: Config, local_rank: int = 0) -> torch.device:
         kernels.choose(config.kernels, device)
     except ValueError as error:
         raise UserError(str(error)) from None
+    if config.model.attention == "flash" and (problem := flash_problem(config.model.dtype, device)):
+        raise UserError(f"model.attention: {problem}; or set model.attention=sdpa")
+    if config.model.compile and (problem := _compile_problem(config, device)):
+        raise UserError(f"model.compile: {problem}; or set model.compile=false")
     return device
 
 
-def check(config: Config, ranks: Ranks = ALONE) -> Checked:
-    """Everything that can be refused before the model loads.
+def _compile_problem(config: Config, device: torch.device) -> str | None:
+    """Why a configuration cannot have its UNet compiled, with the remedy."""
+    if config.engine.zero_stage == 3:
+        return "engine.zero_stage=3 gathers weights in hooks, which compiled code leaves out: set zero_stage=2"
+    if config.model.attention == "xformers":
+        return "xformers' operators are not compiled: set model.attention=sdpa"
+    return compiler_problem(device)
+
+
+def check(config: Config, ranks: Ranks = ALONE, resume: bool = False, gpu: bool = False) -> Checked:
+    """Everything that can be refused before the model loads; and the batches that are chosen by the free memory.
+
+    Args:
+        resume: whether a run may be in the folder, whose batches are then kept. gpu: as for `plan`.
 
     Raises:
         UserError: whatever in the configuration does not fit the machine, the ranks, the files or the model.
     """
+    asked = config.memory
     if ranks.world > 1 and config.engine.name == "torch":
         raise UserError(f"engine.name: torch is for one process, the launcher started {ranks.world}: set it to deepspeed")
     if ranks.world > 1 and ":" in config.engine.device:
@@ -170,6 +201,8 @@ def check(config: Config, ranks: Ranks = ALONE) -> Checked:
     skeleton = build_skeleton(config.model)
     size = skeleton.image_size(config.sampling)
     skeleton.train_adapter(config.memory.gradient_checkpointing, seed=config.seed)
+    texts = distinct_texts(config, prompts, eval_prompts)
+    config, chosen, traced = _settle(config, skeleton, steps_trained, texts, device, ranks, resume, gpu)
     if config.engine.name == "deepspeed":
         deepspeed_settings(config, ranks.world, largest_update(config, steps_trained), 1)
     own = config.eval.rewards
@@ -184,7 +217,50 @@ def check(config: Config, ranks: Ranks = ALONE) -> Checked:
         table=table,
         steps_trained=steps_trained,
         skeleton=skeleton,
+        config=config,
+        asked=asked,
+        chosen=chosen,
+        traced=traced,
     )
+
+
+def _settle(config: Config, skeleton: Denoiser, steps_trained, texts: int, device, ranks: Ranks, resume: bool, gpu: bool):
+    """The configuration with numbers for batches that are ``auto``: those of the run that is resumed, else those that fit.
+
+    Returns:
+        The configuration; and, where they were chosen now, what was `Chosen` and the trace that it was chosen by.
+    """
+    if not config.memory.automatic:
+        return config, None, None
+    folder = Path(config.output_dir).expanduser()
+    earlier = ranks.from_main(
+        lambda: load_config(folder / "config.yaml") if resume and (folder / "config.yaml").exists() else None
+    )
+    if earlier and not earlier.memory.automatic:
+        kept = {name: getattr(earlier.memory, name) for name in config.memory.automatic}
+        return config.model_copy(update={"memory": config.memory.model_copy(update=kept)}), None, None
+    on_gpu, pairs = gpu or device.type == "cuda", largest_update(config, steps_trained)
+    traced = Traced(config, skeleton, accumulates=True, on_gpu=on_gpu)
+    free = free_bytes(device, int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world)))
+    chosen = choose(config, traced, texts, pairs, ranks, on_gpu, free)
+    return with_batches(config, chosen), chosen, traced
+
+
+def confirm(checked: Checked, denoiser: Denoiser, ranks: Ranks) -> tuple[Config, dict[str, float]]:
+    """Chosen batches checked by a probe on the real model: smaller ones where it needs more than was traced.
+
+    Returns:
+        The configuration, and facts for run.json: what was free, planned, and the probe's factor.
+    """
+    config, chosen, traced = checked.config, checked.chosen, checked.traced
+    factor = float(ranks.gather(np.array(probed_factor(denoiser, config, traced))).max())
+    if factor > 1.0:
+        pairs = largest_update(config, checked.steps_trained)
+        texts = distinct_texts(config, checked.prompts, checked.eval_prompts)
+        auto = config.model_copy(update={"memory": checked.asked})
+        on_gpu = checked.device.type == "cuda"
+        chosen = choose(auto, traced, texts, pairs, ranks, on_gpu, chosen.free, factor)
+    return with_batches(config, chosen), asdict(chosen) | {"probed_factor": factor}
 
 
 def _parameter_lines(config: Config, skeleton: Denoiser) -> list[str]:
@@ -199,22 +275,23 @@ def _parameter_lines(config: Config, skeleton: Denoiser) -> list[str]:
 
 def memory(config: Config, ranks: int = 1, gpu: bool = False) -> Estimate:
     """Memory of an iteration on one rank; raises and reads what `plan` does."""
-    checked = check(config)
+    checked = check(config, gpu=gpu)
     checked.rewards.close()
     checked.eval_rewards.close()
-    return _estimate(config, checked, ranks, gpu or checked.device.type == "cuda")[0]
+    return _estimate(checked.config, checked, ranks, gpu or checked.device.type == "cuda")[0]
 
 
 def _estimate(config: Config, checked: Checked, ranks: int, on_gpu: bool) -> tuple[Estimate, Traced]:
     pairs = largest_update(config, checked.steps_trained)
-    traced = Traced(config, checked.skeleton, pairs > ranks * config.memory.update_batch, on_gpu)
-    return estimate(config, traced, texts(config, checked), pairs, ranks, on_gpu), traced
+    traced = checked.traced or Traced(config, checked.skeleton, pairs > ranks * config.memory.update_batch, on_gpu)
+    texts = distinct_texts(config, checked.prompts, checked.eval_prompts)
+    return estimate(config, traced, texts, pairs, ranks, on_gpu), traced
 
 
-def texts(config: Config, checked: Checked) -> int:
-    """Distinct texts that a run encodes, at most: its prompts, the held-out ones and the negative prompt."""
-    drawn = min(len({prompt.text for prompt in checked.prompts}), config.iterations * config.prompts_per_step)
-    return drawn + len({prompt.text for prompt in checked.eval_prompts}) + 1
+def distinct_texts(config: Config, prompts: list[Prompt], eval_prompts: list[Prompt]) -> int:
+    """Texts that a run encodes, at most: its prompts, the held-out ones and the negative prompt."""
+    drawn = min(len({prompt.text for prompt in prompts}), config.iterations * config.prompts_per_step)
+    return drawn + len({prompt.text for prompt in eval_prompts}) + 1
 
 
 def _memory_lines(config: Config, checked: Checked, ranks: int, on_gpu: bool) -> list[str]:

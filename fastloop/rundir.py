@@ -84,8 +84,20 @@ def read_run_config(folder: Path) -> Config:
     return load_config(path)
 
 
-def write_run(folder: Path, *, status: str, message: str | None = None, machine: dict[str, Any] | None = None) -> None:
-    """Updates run.json: status is running, finished, stopped or failed."""
+def rewrite_config(folder: Path, config: Config) -> None:
+    """The resolved configuration of a run that has not begun."""
+    replace_text(folder / "config.yaml", dump_config(config))
+
+
+def write_run(
+    folder: Path,
+    *,
+    status: str,
+    message: str | None = None,
+    machine: dict[str, Any] | None = None,
+    batches: dict[str, float] | None = None,
+) -> None:
+    """Updates run.json: status is running, finished, stopped or failed; batches are those chosen by the free memory."""
     path = folder / "run.json"
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
     try:
@@ -93,6 +105,8 @@ def write_run(folder: Path, *, status: str, message: str | None = None, machine:
     except (FileNotFoundError, ValueError):  # a damaged one holds nothing that a run needs
         facts = {"started": now}
     facts |= {"status": status, "message": message, "finished": now if status != "running" else None}
+    if batches is not None:
+        facts["batches"] = batches
     if machine is not None:
         command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
         facts |= {"machine": machine, "versions": versions(), "command": command}

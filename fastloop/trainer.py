@@ -34,15 +34,15 @@ from fastloop.machine import describe_machine
 from fastloop.metrics import held_out_falling, image_statistics, reward_metrics
 from fastloop.objectives import gaussian_kl
 from fastloop.optimizers import Ema, holding
-from fastloop.plan import check, largest_update
+from fastloop.pairs import micro_batch_sizes, micro_batches, shuffled_pairs, step_weights
+from fastloop.plan import check, confirm, largest_update
 from fastloop.prompts import PromptStream
 from fastloop.ranks import ALONE, Ranks
 from fastloop.report import write_report
 from fastloop.rewards import save_unscored
-from fastloop.rollout import Trajectories, gather_scores, kept_steps, scored_rollout, upload
-from fastloop.rundir import claim_run_dir, write_run
+from fastloop.rollout import Trajectories, gather_scores, scored_rollout, upload
+from fastloop.rundir import claim_run_dir, rewrite_config, write_run
 from fastloop.tracking import Tracker, before_after_grid, image_grid, read_rows
-from fastloop.transitions import TransitionTable
 
 DEVIATION = STATISTICS.index("ratio_max_dev")  # a maximum; the other statistics are sums
 ALARMS = ("group_std", "clipfrac", "entropy", "saturation", "held_out")
@@ -66,8 +66,9 @@ class Trainer:
 
     def __init__(self, config: Config, resume: bool = False, ranks: Ranks = ALONE) -> None:
         """Raises ``UserError`` for anything in the configuration that does not fit the machine, the files or the model."""
-        self.config, self.ranks = config, ranks
-        checked = check(config, ranks)
+        checked = check(config, ranks, resume)
+        self.config, self.ranks, self.chosen = checked.config, ranks, None
+        config = self.config
         self.device, self.table, self.steps_trained = checked.device, checked.table, checked.steps_trained
         self.rewards, self.eval_rewards = checked.rewards, checked.eval_rewards
         self.prompts, self.eval_prompts = PromptStream(checked.prompts, config.seed), checked.eval_prompts
@@ -84,6 +85,9 @@ class Trainer:
         kernels.fuse(self.denoiser.unet, config.kernels, self.device)
         if config.kl.weight:
             self.denoiser.keep_reference()
+        if checked.chosen:
+            self.config, self.chosen = config, _ = confirm(checked, self.denoiser, ranks)
+            ranks.from_main(lambda: rewrite_config(self.folder, config))
         self.parameters = self.denoiser.trainable()
         weights, average, state = load_checkpoint(checkpoint) if checkpoint else (None, None, None)
         if weights is not None:
@@ -94,6 +98,8 @@ class Trainer:
         else:
             self.engine = TorchEngine(self.denoiser.unet, self.parameters, config, self.device)
         self.denoiser.model = self.engine.model
+        if config.model.compile:
+            self.denoiser.compile(micro_batch_sizes(config, len(self.eval_prompts), self.steps_trained, ranks))
         self.ema = None
         if config.ema.decay:
             with self.engine.whole(list(self.parameters.values())):
@@ -133,7 +139,7 @@ class Trainer:
         self._started = time.perf_counter() - self.seconds
         if self.ranks.main:
             machine = describe_machine(self.device) | ({"ranks": self.ranks.world} if self.ranks.world > 1 else {})
-            write_run(self.folder, status="running", machine=machine)
+            write_run(self.folder, status="running", machine=machine, batches=self.chosen)
         with self._signals(), self._recorded():
             while True:
                 last = self.iteration >= config.iterations
@@ -573,40 +579,6 @@ class Trainer:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-
-
-def shuffled_pairs(rng: np.random.Generator, n: int, steps: torch.Tensor, fraction: float) -> np.ndarray:
-    """One pass over (trajectory, timestep) pairs: int64 (n S, 2), S = fraction of the trained steps, at least one.
-
-    Each trajectory has its own order of its timesteps. The k-th timesteps of all trajectories stand together, the trajectories
-    shuffled, so that every stretch of pairs covers trajectories and groups as evenly as can be.
-    """
-    kept = kept_steps(steps, fraction)
-    orders = np.stack([rng.permutation(steps.numpy())[:kept] for _ in range(n)])
-    rows = [np.stack([i, orders[i, k]], 1) for k in range(kept) for i in [rng.permutation(n)]]
-    return np.concatenate(rows)
-
-
-def micro_batches(update: np.ndarray, ranks: Ranks, n: int, size: int) -> list[np.ndarray]:
-    """This rank's pairs of an update, at most ``size`` at a time, the trajectories numbered within its share of the n.
-
-    Args:
-        update: int64 (M, 2), of pairs (trajectory, step).
-
-    Returns:
-        int64 (m, 2) each, as many on every rank: the last may be empty where a rank has fewer pairs.
-    """
-    owner = np.searchsorted(ranks.bounds(n), update[:, 0], side="right") - 1
-    rounds = -(-np.bincount(owner).max() // size)
-    own = update[owner == ranks.rank] - [ranks.share(n).start, 0]
-    return [own[k * size : (k + 1) * size] for k in range(rounds)]
-
-
-def step_weights(table: TransitionTable, steps: torch.Tensor, config: Config) -> torch.Tensor:
-    """Factor of the loss of each step, float64 (T,): ``last_steps.weight`` on the last trained ones, else 1."""
-    weights = torch.ones(len(table), dtype=torch.float64)
-    weights[steps[-config.last_steps.count :]] = config.last_steps.weight
-    return weights
 
 
 def duration(seconds: float) -> str:

@@ -9,7 +9,7 @@ import torch
 
 from fastloop.engines.deepspeed import deepspeed_problem, deepspeed_settings
 from fastloop.errors import UserError
-from fastloop.plan import plan
+from fastloop.plan import check, overview
 
 
 @pytest.fixture
@@ -123,5 +123,5 @@ def test_what_is_missing_is_told_with_its_remedy(make_config, monkeypatch):
 )
 def test_the_plan_says_how_a_rollout_gets_its_weights(make_config, keys, says):
     optimizer = {"name": "cpu_adamw"} if "offload_optimizer" in keys else {}
-    lines = plan(make_config(engine={"name": "deepspeed", "device": "cpu", **keys}, optimizer=optimizer))
+    lines = overview(check(make_config(engine={"name": "deepspeed", "device": "cpu", **keys}, optimizer=optimizer)))
     assert f"engine       {says}" in lines

@@ -5,6 +5,9 @@ The meta device stands in for a GPU: it has no values, so whatever would read on
 
 from __future__ import annotations
 
+import json
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -12,8 +15,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
+from fastloop.config import load_config
 from fastloop.denoisers import build_skeleton, load_denoiser
+from fastloop.errors import UserError
+from fastloop.memory import choose, free_bytes, probed_factor
+from fastloop.plan import check
+from fastloop.ranks import Ranks
 from fastloop.rollout import Trajectories, rollout, sampler_table
+from fastloop.tracking import read_rows
 from fastloop.trainer import Trainer, micro_batches, shuffled_pairs
 
 CPU, META = torch.device("cpu"), torch.device("meta")
@@ -193,3 +202,92 @@ def test_a_run_with_trajectories_on_the_host_is_the_same_run(make_config, tmp_pa
         trainer.train()
         found.append({name: p.detach().clone() for name, p in trainer.parameters.items()})
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+# --- batches that fit -------------------------------------------------------------------------------------------------
+
+AUTO = {"rollout_batch": "auto", "update_batch": "auto", "vae_batch": "auto"}
+NAMES = tuple(AUTO)
+
+
+@pytest.fixture
+def free(monkeypatch):
+    """A function that sets the free memory."""
+
+    def put(size: float) -> None:
+        monkeypatch.setattr("fastloop.plan.free_bytes", lambda device, neighbours: int(size))
+
+    return put
+
+
+def batches(config) -> list[int]:
+    return [getattr(config.memory, name) for name in NAMES]
+
+
+def test_automatic_batches_are_the_largest_that_fit_and_stay_those_of_the_run(make_config, free):
+    """6 trajectories, and 12 pairs in an update, in batches of nearly one size."""
+    free(2**40)
+    assert batches(check(make_config(memory=AUTO)).config) == [6, 12, 6]
+    free(2.9e6)
+    config = make_config(memory=AUTO, iterations=1)
+    trainer = Trainer(config)
+    rollout, update, pictures = batches(trainer.config)
+    assert rollout == pictures == 6 and update in (4, 6)
+    trainer.train()
+    run = json.loads((trainer.folder / "run.json").read_text())["batches"]
+    assert [run[name] for name in NAMES] == batches(trainer.config) and run["planned"] <= 0.9 * run["free"]
+    assert run["probed_factor"] == pytest.approx(1.0, abs=0.02)
+    written = load_config(trainer.folder / "config.yaml")
+    assert batches(written) == batches(trainer.config)
+    assert read_rows(trainer.folder / "metrics.jsonl")[0]["policy/replay_max_dev"] <= 1e-6
+    free(2**40)
+    assert batches(check(config, resume=True).config) == batches(trainer.config)
+
+
+def test_automatic_batches_are_the_smallest_of_the_ranks(make_config, free):
+    free(2**40)
+    config = make_config(memory=AUTO)
+    checked = check(config)
+    ranks = Ranks()
+    ranks.highest = lambda value: max(value, -2)  # another rank has room for two
+    found = choose(config, checked.traced, 3, 12, ranks, on_gpu=False, free=2**40)
+    assert [getattr(found, name) for name in NAMES] == [2, 2, 2]
+
+
+def test_automatic_batches_in_half_precision_are_the_same_in_rollout_and_update(make_config, free):
+    """There what a model computes depends on the batch, and the ratio must be 1."""
+    free(2**40)
+    rollout, update, _ = batches(check(make_config(memory=AUTO, model={"dtype": "bf16"})).config)
+    assert rollout == update == 6
+
+
+def test_a_model_that_needs_more_than_was_traced_gets_smaller_batches(make_config, free, monkeypatch):
+    free(4e6)
+    before = batches(check(make_config(memory=AUTO)).config)
+    monkeypatch.setattr("fastloop.plan.probed_factor", lambda *_: 2.0)
+    trainer = Trainer(make_config(memory=AUTO))
+    assert batches(trainer.config)[1] < before[1]
+    assert batches(load_config(trainer.folder / "config.yaml")) == batches(trainer.config)
+
+
+def test_no_room_for_one_is_refused_before_the_model_loads(make_config, free):
+    free(3e5)
+    with pytest.raises(UserError, match="^memory.rollout_batch: auto finds no room for even one: it needs about"):
+        check(make_config(memory=AUTO))
+
+
+def test_the_probe_changes_nothing(make_config, free):
+    free(2**40)
+    config = make_config(memory=AUTO)
+    checked = check(config)
+    denoiser = load_denoiser(config.model, CPU)
+    denoiser.train_adapter(False, seed=0)
+    random = torch.get_rng_state()
+    assert probed_factor(denoiser, checked.config, checked.traced) < 1.02
+    assert all(p.grad is None for p in denoiser.trainable().values())
+    assert torch.equal(random, torch.get_rng_state())
+
+
+def test_free_memory_of_a_cpu_is_some_of_what_there_is():
+    whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert 0 < free_bytes(CPU, 4) <= whole / 4

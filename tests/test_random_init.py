@@ -14,7 +14,7 @@ from fastloop.checkpoints import list_checkpoints, load_checkpoint
 from fastloop.config import ModelConfig, dump_config, load_config
 from fastloop.denoisers import build_skeleton, load_denoiser
 from fastloop.errors import UserError
-from fastloop.plan import check, plan
+from fastloop.plan import check, overview
 from fastloop.trainer import Trainer
 
 CPU = torch.device("cpu")
@@ -35,9 +35,8 @@ def test_the_architecture_has_the_published_size(make_config, name):
     skeleton = build_skeleton(ModelConfig(**model))
     sizes, side = PUBLISHED[name]
     assert {part: sum(p.numel() for p in module.parameters()) for part, module in skeleton.parts.items()} == sizes
-    lines = plan(make_config(model=model, memory={"update_batch": 1}))
+    lines = overview(check(make_config(model=model)))
     assert lines[0] == f"model        {name} with random weights, lora, bf16, {side} x {side} pixels"
-    assert any(line.split() == ["unet", f"{sizes['unet']:,}"] for line in lines)
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ Only safetensors are read. The model's own dtype is ``model.dtype``; what goes i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,11 @@ import diffusers
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor2_0
 from diffusers.utils import logging as diffusers_logging
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import CLIPTextConfig, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
@@ -28,6 +30,14 @@ from fastloop.optimizers import holding
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ADAPTER = "default"
 CACHED_PROMPTS = 4096
+
+
+class FlashAttention(AttnProcessor2_0):
+    """Attention by the flash backend alone; also where a backward with checkpointing computes it again."""
+
+    def __call__(self, *args, **kwargs) -> torch.Tensor:
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            return super().__call__(*args, **kwargs)
 
 
 def add_lora(unet: UNet2DConditionModel, config: ModelConfig) -> None:
@@ -85,6 +95,7 @@ class Denoiser:
         self._embeddings: dict[str | None, tuple[torch.Tensor, ...]] = {}
         self._reference: dict[str, torch.Tensor] | None = None
         self._offloaded = False
+        self._compiled_batches: list[int] = []
         for module in self.parts.values():
             module.requires_grad_(False).to(device).eval()  # eval: no dropout, so that ratios start at 1
         unet.to(memory_format=torch.channels_last)
@@ -176,6 +187,8 @@ class Denoiser:
         """
         if self.config.attention == "xformers":
             self.unet.enable_xformers_memory_efficient_attention()
+        if self.config.attention == "flash":
+            self.unet.set_attn_processor(FlashAttention())
         if self.config.adapter == "lora":
             torch.manual_seed(seed)
             add_lora(self.unet, self.config)
@@ -254,6 +267,18 @@ class Denoiser:
         _, height, width = self.latent_shape(sampling.height, sampling.width)
         return height * self.scale_factor, width * self.scale_factor
 
+    def compile(self, batches: Iterable[int]) -> None:
+        """Compiles the UNet, or its transformer blocks, in place; names and saved weights stay as they are.
+
+        Compiled code is for one shape. So `predict` fills a smaller micro-batch up to the next of these sizes with copies of
+        its last row, and drops what comes of them: nothing is compiled again for the last batch of a rollout or an update.
+        """
+        self._compiled_batches = sorted(set(batches))
+        if self.config.compile == "regional":
+            self.unet.compile_repeated_blocks(dynamic=False)
+        else:
+            self.unet.compile(dynamic=False)
+
     def offload_frozen(self) -> None:
         """From now on text encoders and VAE rest in the host's memory and are on the device only while they compute.
 
@@ -319,7 +344,12 @@ class Denoiser:
         Args:
             latents: float32 (n, C, H, W). timesteps: int64 (n,). cond, uncond: of n rows, as from `encode`.
         """
-        dtype = DTYPES[self.config.dtype]
+        dtype, n = DTYPES[self.config.dtype], len(latents)
+        full = next((size for size in self._compiled_batches if size >= n), n)
+        if full > n:
+            rows = torch.arange(full, device=latents.device).clamp(max=n - 1)
+            latents, timesteps, cond = latents[rows], timesteps[rows], cond[rows]
+            uncond = None if uncond is None else uncond[rows]
         x, t = latents, timesteps
         if uncond is not None:
             x, t = torch.cat([x, x]), torch.cat([t, t])
@@ -329,9 +359,9 @@ class Denoiser:
         with torch.autocast(self.device.type, dtype) if mixed else nullcontext():
             output = self.model(x, t, **self.unet_arguments(cond, uncond), return_dict=False)[0]
         if uncond is None:
-            return output, None
+            return output[:n], None
         without, with_prompt = output.chunk(2)
-        return with_prompt, without
+        return with_prompt[:n], without[:n]
 
     # --- pictures --------------------------------------------------------------------------------------------------------
 

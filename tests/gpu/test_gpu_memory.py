@@ -1,0 +1,97 @@
+"""What only a GPU can show of memory and speed: the allocator's peak against the plan, loops without a synchronisation."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    pytest.skip("needs a CUDA device, and torch finds none here", allow_module_level=True)
+
+from tqdm import tqdm
+
+from fastloop.plan import memory
+from fastloop.rollout import rollout
+from fastloop.trainer import Trainer, micro_batches, shuffled_pairs
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture
+def no_sync():
+    """Makes PyTorch raise where the host would wait for the device."""
+    before = torch.cuda.get_sync_debug_mode()
+    yield lambda on: torch.cuda.set_sync_debug_mode("error" if on else before)
+    torch.cuda.set_sync_debug_mode(before)
+
+
+@pytest.mark.parametrize("place", ["device", "host"])
+def test_neither_the_denoising_loop_nor_the_micro_batches_wait_for_the_gpu(make_config, no_sync, place):
+    config = make_config(memory={"trajectories": place}, model={"dtype": "bf16"}, clip_range=1.0)
+    trainer = Trainer(config)
+    n = config.images_per_rollout
+    decode = trainer.denoiser.decode
+
+    def decoded(*args):
+        no_sync(False)  # pictures are fetched: the one wait of a batch
+        return decode(*args)
+
+    def sample(on_step):
+        return rollout(
+            trainer.denoiser,
+            trainer.table,
+            ["a cat"] * n,
+            torch.arange(n),
+            sampling=config.sampling,
+            seed=0,
+            batch=4,
+            vae_batch=4,
+            backend=config.kernels,
+            trajectories_on=place,
+            on_step=on_step,
+        )
+
+    trainer.denoiser.decode = decoded
+    sample(lambda _: None)  # compiles kernels and fills the cache of pinned memory
+    trajectories = sample(lambda _: no_sync(True))  # from the first step of a batch to its last
+    no_sync(False)
+    cond, uncond = trainer.denoiser.encode(["a cat"], config.sampling)
+    text = (cond, uncond, torch.zeros(n, dtype=torch.int64, device=trainer.device))
+    pairs = shuffled_pairs(np.random.default_rng(0), n, trainer.steps_trained, 1.0)
+    batches = micro_batches(pairs, trainer.ranks, n, config.memory.update_batch)
+    advantages = torch.zeros(n, device=trainer.device)
+    with tqdm(disable=True) as bar:
+        trainer._add_gradients(batches, len(pairs), trajectories, advantages, text, bar)
+        no_sync(True)
+        seen = trainer._add_gradients(batches, len(pairs), trajectories, advantages, text, bar)
+        no_sync(False)
+    assert seen.isfinite().all()
+
+
+@pytest.mark.parametrize("adapter", ["lora", "full"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_planned_peak_is_within_15_percent_of_the_allocators(make_config, monkeypatch, adapter, checkpointing):
+    config = make_config(
+        model={"path": "assets:shapes", "adapter": adapter, "dtype": "bf16"},
+        prompts={"limit": 3},
+        memory={"gradient_checkpointing": checkpointing, "rollout_batch": 16, "update_batch": 16, "vae_batch": 4},
+        prompts_per_step=4,
+        images_per_prompt=4,
+        clip_range=1.0,
+        safety={"max_ratio_dev": 1.0},
+    )
+    for name in ("_save", "_evaluate", "_export"):
+        monkeypatch.setattr(Trainer, name, lambda self: None)
+    trainer = Trainer(config)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    trainer.train()
+    assert memory(config).peak == pytest.approx(torch.cuda.max_memory_allocated(), rel=0.15)
+
+
+def test_text_encoders_and_vae_rest_in_pinned_memory(make_config):
+    trainer = Trainer(make_config())
+    trainer.train()
+    for module in (*trainer.denoiser.text_encoders.values(), trainer.denoiser.vae):
+        assert all(p.device.type == "cpu" and p.is_pinned() for p in module.parameters())
