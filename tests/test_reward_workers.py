@@ -286,3 +286,9 @@ def test_running_normalisation_is_in_the_checkpoint(make_config, module, monkeyp
 def test_one_name_may_stand_twice_with_labels(make):
     terms = [{"name": "apart:n", "params": {"factor": f}, "label": f"times {f}"} for f in (2, 3)]
     assert make(*terms).score(IMAGES, CATS).terms["times 3"].tolist() == [0, 3, 6]
+
+
+@pytest.mark.parametrize("label", ["mean", "std", "group_std", "category/color", ""])
+def test_a_label_that_would_hide_another_metric_is_refused(label):
+    with pytest.raises(UserError, match="^test: rewards.0.label: "):
+        parse_config({"rewards": [{"name": "shapes", "label": label}]}, "test")
