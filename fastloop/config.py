@@ -85,6 +85,7 @@ class RewardConfig(Strict):
         None, description="by mean and std, of each rollout or of all so far; in training only"
     )
     worker: Literal["thread", "process"] = Field("thread", description="who calls it")
+    workers: Positive = Field(1, description="how many of them, each with a batch of its own")
     timeout: Annotated[float, Field(gt=0)] | None = Field(None, description="seconds for one batch, then the run stops")
 
     @field_validator("label")
