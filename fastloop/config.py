@@ -110,7 +110,15 @@ class RewardConfig(Strict):
         None, description="by mean and std, of each rollout or of all so far; in training only"
     )
     worker: Literal["thread", "process"] = Field("thread", description="who calls it")
+    workers: Positive = Field(1, description="how many of them, each with a batch of its own")
     timeout: Annotated[float, Field(gt=0)] | None = Field(None, description="seconds for one batch, then the run stops")
+
+    @field_validator("label")
+    @classmethod
+    def _no_other_metric(cls, label: str | None) -> str | None:
+        if label in ("mean", "std", "group_std") or (label or "").startswith("category/"):
+            raise ValueError(f"reward/{label} is a metric of its own: choose another label")
+        return label
 
     @property
     def key(self) -> str:

@@ -15,7 +15,7 @@ from fastloop.kernels import triton_problem
 from fastloop.optimizers import OPTIMIZERS, optimizer_problem
 
 _PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "numpy")
-_OPTIONAL = ("triton", "deepspeed", "bitsandbytes", "xformers", "wandb")
+_OPTIONAL = ("triton", "deepspeed", "bitsandbytes", "xformers", "wandb", "datasets", "rapidocr", "starlette")
 
 
 def version_of(package: str) -> str | None:

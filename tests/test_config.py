@@ -320,7 +320,7 @@ WRONG_REWARDS = [
     ("rewards: {name: shapes}", "rewards: expected a list in [ ]"),
     (
         "rewards: [shapes]",
-        "rewards.0: expected keys below it (name, weight, params, label, normalize, worker, timeout), got 'shapes'",
+        "rewards.0: expected keys below it (name, weight, params, label, normalize, worker, workers, timeout), got 'shapes'",
     ),
     ("rewards: [{nam: shapes}]", "rewards.0.nam: unknown key; did you mean 'name'? (and 1 more)"),
     ("rewards: [{name: a}, {name: b, wieght: 1}]", "rewards.1.wieght: unknown key; did you mean 'weight'?"),

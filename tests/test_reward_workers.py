@@ -34,6 +34,10 @@ def n(images, prompts, metadata, factor=1):
 def where(images, prompts, metadata):
     return [os.getpid()] * len(images)
 
+def where_slowly(images, prompts, metadata):
+    time.sleep(0.2)
+    return [os.getpid()] * len(images)
+
 def hang(images, prompts, metadata):
     if "a dog" in prompts:
         held.wait(60)
@@ -126,6 +130,23 @@ def test_two_rewards_meet_while_both_are_under_way(make, module):
     meeting = threading.Barrier(2)
     module.first = module.second = lambda images, prompts, metadata: [meeting.wait(30) * 0.0] * len(images)
     assert make({"name": "apart:first"}, {"name": "apart:second"}).score(IMAGES, CATS).total.tolist() == [0, 0, 0]
+
+
+def test_several_workers_score_several_batches_at_once_and_keep_their_order(make, module):
+    meeting = threading.Barrier(3)
+    module.together = lambda images, prompts, metadata: [meeting.wait(30) * 0.0 + row["n"] for row in metadata]
+    rewards = make({"name": "apart:together", "workers": 3})
+    for i in range(3):
+        rewards.submit(IMAGES[i : i + 1], CATS[i : i + 1])
+    assert rewards.gather().total.tolist() == [0, 1, 2]
+
+
+def test_a_pool_of_processes_shares_the_batches(make):
+    rewards = make({"name": "apart:where_slowly", "workers": 2, "worker": "process"})
+    rewards.start()
+    for _ in range(6):
+        rewards.submit(IMAGES[:1], CATS[:1])
+    assert len(set(rewards.gather().total)) == 2
 
 
 # --- a process --------------------------------------------------------------------------------------------------------
@@ -286,3 +307,9 @@ def test_running_normalisation_is_in_the_checkpoint(make_config, module, monkeyp
 def test_one_name_may_stand_twice_with_labels(make):
     terms = [{"name": "apart:n", "params": {"factor": f}, "label": f"times {f}"} for f in (2, 3)]
     assert make(*terms).score(IMAGES, CATS).terms["times 3"].tolist() == [0, 3, 6]
+
+
+@pytest.mark.parametrize("label", ["mean", "std", "group_std", "category/color", ""])
+def test_a_label_that_would_hide_another_metric_is_refused(label):
+    with pytest.raises(UserError, match="^test: rewards.0.label: "):
+        parse_config({"rewards": [{"name": "shapes", "label": label}]}, "test")

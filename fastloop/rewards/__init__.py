@@ -30,7 +30,7 @@ from fastloop.config import RewardConfig
 from fastloop.errors import RewardFailed, RunFailed, Unscored, UserError
 from fastloop.prompts import Prompt
 from fastloop.rewards import jpeg, shapes
-from fastloop.rewards.workers import Job, OwnProcess, Worker
+from fastloop.rewards.workers import Job, OwnProcess, Workers
 
 # A factory, or where to import it from: the rewards with models need packages that the others do not.
 REGISTRY: dict[str, Callable[..., Any] | str] = {
@@ -79,11 +79,11 @@ class Moments:
 
 @dataclass
 class Term:
-    """One reward of the sum. ``reward`` is this process's object, which may score in another one: only ``worker`` calls."""
+    """One reward of the sum. ``reward`` is this process's object, which may score in another one: only ``workers`` call."""
 
     config: RewardConfig
     reward: Any
-    worker: Worker
+    workers: Workers
     start: Callable[[], None]
     seen: Moments = field(default_factory=Moments)
 
@@ -125,7 +125,7 @@ class Rewards:
                 )
             term = share.terms.get(config.key) if share else None
             if term and _settings(term.config) == _settings(config):
-                term = Term(config, term.reward, term.worker, term.start)
+                term = Term(config, term.reward, term.workers, term.start)
             else:
                 term = _term(config, f"{key}.{i}")
             try:
@@ -154,7 +154,7 @@ class Rewards:
     def submit(self, images: np.ndarray, prompts: list[Prompt]) -> None:
         """Starts scoring a batch: uint8 (n, height, width, 3)."""
         texts, metadata = [p.text for p in prompts], [p.metadata for p in prompts]
-        self._pending.append({label: term.worker.submit(images, texts, metadata) for label, term in self.terms.items()})
+        self._pending.append({label: term.workers.submit(images, texts, metadata) for label, term in self.terms.items()})
 
     def collect(self) -> dict[str, np.ndarray]:
         """Waits for the batches submitted: each term's values in their order, float64 (N,).
@@ -165,7 +165,7 @@ class Rewards:
         pending, self._pending = self._pending, []
         waiting_since = time.perf_counter()
         try:
-            parts = [{label: self.terms[label].worker.result(job) for label, job in jobs.items()} for jobs in pending]
+            parts = [{label: self.terms[label].workers.result(job) for label, job in jobs.items()} for jobs in pending]
         finally:
             for jobs in pending:
                 for job in jobs.values():
@@ -222,9 +222,7 @@ class Rewards:
 
     def close(self) -> None:
         for term in self.terms.values():
-            term.worker.close()
-            if isinstance(term.worker.call, OwnProcess):
-                term.worker.call.close()
+            term.workers.close()
 
 
 def save_unscored(failure: RewardFailed, folder: Path) -> None:
@@ -294,17 +292,16 @@ def _covered(spans: list[tuple[float, float]]) -> float:
 
 
 def _settings(config: RewardConfig) -> tuple:
-    return config.name, config.params, config.worker, config.timeout
+    return config.name, config.params, config.worker, config.workers, config.timeout
 
 
 def _term(config: RewardConfig, key: str) -> Term:
     reward = build(config, key)
-    scoring = partial(call, config.key, reward)
-    start = getattr(reward, "start", lambda: None)
     if config.worker == "process":
-        scoring = OwnProcess(config.key, partial(_build_elsewhere, config, key))
-        start = scoring.start
-    return Term(config, reward, Worker(config.key, scoring, config.timeout), start)
+        processes = [OwnProcess(config.key, partial(_build_elsewhere, config, key)) for _ in range(config.workers)]
+        return Term(config, reward, Workers(config.key, processes, config.timeout), lambda: [p.start() for p in processes])
+    calls = [partial(call, config.key, reward)] * config.workers
+    return Term(config, reward, Workers(config.key, calls, config.timeout), getattr(reward, "start", lambda: None))
 
 
 def _build_elsewhere(config: RewardConfig, key: str) -> tuple[Callable, Callable]:

@@ -1,4 +1,4 @@
-"""Who calls a reward: a thread of this process, or a process of its own. Either way one call at a time, in order."""
+"""Who calls a reward: threads of this process, or processes of its own. With one of them, one call at a time, in order."""
 
 from __future__ import annotations
 
@@ -26,27 +26,29 @@ class Job:
         self.ended: float | None = None
 
 
-class Worker:
-    """Calls ``call(images, prompts, metadata)`` in a thread that never holds up the end of the program.
+class Workers:
+    """Calls ``calls[i](images, prompts, metadata)`` each in a thread that never holds up the end of the program.
 
     ``timeout`` is in seconds for one batch; a call that takes longer is given up, though a thread cannot be ended.
     """
 
-    def __init__(self, label: str, call: Callable[..., np.ndarray], timeout: float | None) -> None:
-        self.label, self.call, self.timeout = label, call, timeout
+    def __init__(self, label: str, calls: list[Callable[..., np.ndarray]], timeout: float | None) -> None:
+        self.label, self.calls, self.timeout = label, calls, timeout
         self._jobs: queue.SimpleQueue = queue.SimpleQueue()
-        self._thread: threading.Thread | None = None
+        self._threads: list[threading.Thread] = []
 
     def submit(self, images: np.ndarray, prompts: list[str], metadata: list[dict]) -> Job:
         job = Job((images, prompts, metadata))
         self._jobs.put(job)
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._work, name=f"reward {self.label}", daemon=True)
-            self._thread.start()
+        if not self._threads:
+            for call in self.calls:
+                thread = threading.Thread(target=self._work, args=(call,), name=f"reward {self.label}", daemon=True)
+                self._threads.append(thread)
+                thread.start()
         return job
 
     def result(self, job: Job) -> np.ndarray:
-        """Waits for a job; those submitted before it must have been waited for.
+        """Waits for a job; those submitted before it must have been waited for, so that it has begun or is about to.
 
         Raises:
             RewardFailed: the reward failed, or has taken longer than ``timeout``.
@@ -66,15 +68,18 @@ class Worker:
         return job.future.result()
 
     def close(self) -> None:
-        self._jobs.put(None)
+        for call in self.calls:
+            self._jobs.put(None)
+            if isinstance(call, OwnProcess):
+                call.close()
 
-    def _work(self) -> None:
+    def _work(self, call: Callable[..., np.ndarray]) -> None:
         while (job := self._jobs.get()) is not None:
             if not job.future.set_running_or_notify_cancel():
                 continue
             job.began = time.perf_counter()
             try:
-                values = self.call(*job.batch)
+                values = call(*job.batch)
             except BaseException as error:  # a reward may even call sys.exit
                 job.ended = time.perf_counter()
                 job.future.set_exception(error)
