@@ -187,9 +187,9 @@ def search(study: Study, method: str, train) -> dict[float, float]:
             if train(method, rate, SEARCH_SEED):
                 folder = Path(study.config(method, rate, SEARCH_SEED).output_dir)
                 found[rate] = read_rows(folder / "eval.jsonl")[-1]["score"]["mean"]
-        tried = [] if len(found) >= len(study.rates) + 2 else wider(found, step)
-        if any(rate in found for rate in tried) or not found:
+        if any(rate not in found for rate in tried) or len(found) >= len(study.rates) + 2:
             break
+        tried = wider(found, step)
     return found
 
 

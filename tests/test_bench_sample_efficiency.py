@@ -92,6 +92,16 @@ def test_the_search_goes_beyond_an_end_that_is_best_but_only_twice(bench, tmp_pa
     assert list(bench.search(study, "LOOP K=2", train)) == asked == [1e-3, 3e-3, 1e-2, 3e-2, 9e-2]
 
 
+def test_the_search_ends_where_a_run_is_not_there(bench, tmp_path):
+    study, train, asked = scored(bench, tmp_path, {1e-3: 0.4, 3e-3: 0.5, 1e-2: 0.6})
+
+    def up_to_the_grid(method, rate, seed):
+        return rate <= 1e-2 and train(method, rate, seed)
+
+    assert list(bench.search(study, "PPO", up_to_the_grid)) == asked == [1e-3, 3e-3, 1e-2]
+    assert bench.search(study, "PPO", lambda *_: False) == {}
+
+
 def test_runs_of_the_search_are_shorter_and_have_a_seed_of_their_own(bench, tmp_path):
     study, _, _ = scored(bench, tmp_path, {})
     search, run = (study.config("LOOP K=8", 3e-3, seed) for seed in (bench.SEARCH_SEED, 0))
