@@ -19,7 +19,8 @@ lint: $(VENV)/.installed
 bench: $(VENV)/.installed  ## the quick benchmarks, compared with the committed ratios: under 15 minutes on 2 CPU cores
 	$(VENV)/bin/pytest bench/test_loop.py --durations=0 --benchmark-max-time=0.2 --benchmark-columns=median,iqr,rounds
 	$(VENV)/bin/python bench/kernel_table.py --quick
-	$(VENV)/bin/python bench/throughput.py --repeats 3 --out runs/bench $(if $(PEER),--peer-python $(PEER))
+	$(VENV)/bin/python bench/throughput.py --systems baseline,reference,fastloop,trl --repeats 3 --out runs/bench \
+		$(if $(PEER),--peer-python $(PEER))
 	$(VENV)/bin/python bench/regression.py runs/bench
 
 clean:  ## the virtual environment only; runs/ stays

@@ -26,9 +26,9 @@ import os
 import shlex
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -102,7 +102,6 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         return cli.fail(str(error), 2)
     args.out.mkdir(parents=True, exist_ok=True)
-    started = time.perf_counter()
 
     def train(name: str, rate: float, seed: int) -> bool:
         return finished(study.config(name, rate, seed)) or (not args.table and run(study.config(name, rate, seed)))
@@ -127,14 +126,18 @@ def main(argv: list[str] | None = None) -> int:
 
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
-    command = shlex.join(["python", "bench/sample_efficiency.py", *(sys.argv[1:] if argv is None else argv)])
+    options = [text for text in (sys.argv[1:] if argv is None else argv) if text != "--table"]
+    found = [
+        *(study.config(name, rate, SEARCH_SEED) for name, of_rate in searches.items() for rate in of_rate),
+        *(study.config(name, chosen[name], seed) for (name, seed), ok in zip(runs, done, strict=True) if ok),
+    ]
     summary = {
-        "command": command,
+        "command": shlex.join(["python", "bench/sample_efficiency.py", *options]),
         "machine": describe_machine(device),
         "versions": versions(),
         "recipe": study.config(args.methods[0], args.rates[0], args.seeds[0]).model_dump(mode="json"),
         "seconds_of": "time/iteration" if on_gpu else "time/cpu",
-        "wall_seconds": time.perf_counter() - started,
+        **took({config.output_dir for config in found if finished(config)}),
         "unfinished": [f"{name}, seed {seed}" for (name, seed), ok in zip(runs, done, strict=True) if not ok],
         "methods": rows,
     }
@@ -154,11 +157,10 @@ def main(argv: list[str] | None = None) -> int:
 def finished(config: Config) -> bool:
     """Whether the folder of a configuration holds its finished run."""
     folder = Path(config.output_dir)
-    try:
-        same = (folder / "config.yaml").read_text() == dump_config(config)
-        return same and json.loads((folder / "run.json").read_text())["status"] == "finished"
-    except (OSError, ValueError):
+    if not (folder / "run.json").exists():
         return False
+    same = load_config(folder / "config.yaml").model_copy(update={"output_dir": config.output_dir}) == config
+    return same and json.loads((folder / "run.json").read_text())["status"] == "finished"
 
 
 def run(config: Config) -> bool:
@@ -185,9 +187,9 @@ def search(study: Study, method: str, train) -> dict[float, float]:
             if train(method, rate, SEARCH_SEED):
                 folder = Path(study.config(method, rate, SEARCH_SEED).output_dir)
                 found[rate] = read_rows(folder / "eval.jsonl")[-1]["score"]["mean"]
-        tried = [] if len(found) >= len(study.rates) + 2 else wider(found, step)
-        if any(rate in found for rate in tried) or not found:
+        if any(rate not in found for rate in tried) or len(found) >= len(study.rates) + 2:
             break
+        tried = wider(found, step)
     return found
 
 
@@ -227,6 +229,14 @@ def summarize(configs: list[Config]) -> dict:
         },
         "watched": {name: float(np.mean([row[name] for rows in metrics for row in rows])) for name in WATCHED},
     }
+
+
+def took(folders: set[str]) -> dict:
+    """How many runs there were, hours from the first to the last, and hours of training in all of them."""
+    facts = [json.loads((Path(folder) / "run.json").read_text()) for folder in folders]
+    begin, end = (pick(datetime.fromisoformat(f[key]) for f in facts) for pick, key in ((min, "started"), (max, "finished")))
+    seconds = sum(seconds_of(row) for folder in folders for row in read_rows(Path(folder) / "metrics.jsonl"))
+    return {"runs": len(folders), "hours": (end - begin).total_seconds() / 3600, "training_hours": seconds / 3600}
 
 
 def seconds_of(row: dict) -> float:
@@ -284,6 +294,11 @@ def tables(summary: dict) -> str:
         f"The search: score of one run of {search_images(summary):,} images by learning rate, the chosen in bold:",
         made(["method", *rates], searched),
     ]
+    what = "processor" if summary["seconds_of"] == "time/cpu" else "wall"
+    parts.append(
+        f"{summary['runs']} runs with the search, {summary['hours']:.1f} hours from the first to the last; "
+        f"{summary['training_hours']:.1f} hours of {what} time without evaluations."
+    )
     if summary["unfinished"]:
         parts.append("Not finished, and not in the tables: " + "; ".join(summary["unfinished"]) + ".")
     return "\n\n".join(parts)

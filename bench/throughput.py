@@ -431,7 +431,8 @@ def tables(summary: dict) -> str:
     for case in summary["cases"]:
         parts += [title(case), table(case)]
     if summary["scaling"]:
-        parts += ["### Scaling: images/s when one number changes", scaling_table(summary)]
+        unit = "images per CPU second" if summary["machine"]["device"] == "cpu" else "images/s"
+        parts += [f"### Scaling: {unit} when one number changes", scaling_table(summary)]
     parts += [f"- {note}" for note in summary["notes"]]
     return "\n\n".join(parts)
 
@@ -475,8 +476,10 @@ def scaling_table(summary: dict) -> str:
     systems = list(dict.fromkeys(row["system"] for case in summary["scaling"] for row in case["rows"]))
     lines = []
     for case in summary["scaling"]:
-        rates = {row["system"]: f"{row['images_per_s']:.3g}" for row in case["rows"] if not row["problem"]}
-        lines.append([case["changed"], *(rates.get(name, "-") for name in systems)])
+        measured = [row for row in case["rows"] if not row["problem"]]
+        by_cpu = summary["machine"]["device"] == "cpu"
+        rates = {r["system"]: 1 / r["cpu_seconds_per_image"] if by_cpu else r["images_per_s"] for r in measured}
+        lines.append([case["changed"], *(f"{rates[name]:.3g}" if name in rates else "-" for name in systems)])
     return markdown(["changed", *systems], lines)
 
 

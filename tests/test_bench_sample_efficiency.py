@@ -49,6 +49,8 @@ def test_methods_train_on_the_same_images_and_are_not_trained_again(bench, recip
     assert loop["scores"][0][0] == ppo["scores"][0][0] and loop["scores"][0][1] != ppo["scores"][0][1]
     assert all(seconds[0] == 0 < seconds[1] for row in (loop, ppo) for seconds in row["seconds"])
     assert set(loop["categories"]) == {"pets", "wild"}
+    assert summary["runs"] == 2 and 0 < summary["training_hours"] < summary["hours"] + 0.1 < 0.5
+    assert "2 runs with the search" in printed
     assert "| LOOP K=3 |" in printed and "| before training |" in printed
     assert next((tmp_path / "results").glob("*.md")).read_text().strip() in printed
     assert next((tmp_path / "results").glob("*.png")).stat().st_size > 10_000
@@ -56,6 +58,8 @@ def test_methods_train_on_the_same_images_and_are_not_trained_again(bench, recip
     assert bench.main([*command, "--seeds", "3"]) == 0
     assert {path: path.stat().st_mtime_ns for path in runs} == runs
     capsys.readouterr()
+    (tmp_path / "out").rename(tmp_path / "elsewhere")  # a study may be moved
+    command[command.index("--out") + 1] = str(tmp_path / "elsewhere")
     assert bench.main([*command, "--seeds", "3", "4", "--table"]) == 0
     assert "Not finished, and not in the tables: LOOP K=3, seed 4; PPO, seed 4." in capsys.readouterr().out
 
@@ -86,6 +90,16 @@ def test_the_search_goes_beyond_an_end_that_is_best_but_only_twice(bench, tmp_pa
     scores = {1e-3: 0.4, 3e-3: 0.5, 1e-2: 0.6, 3e-2: 0.7, 9e-2: 0.8, 0.27: 0.9}
     study, train, asked = scored(bench, tmp_path, scores)
     assert list(bench.search(study, "LOOP K=2", train)) == asked == [1e-3, 3e-3, 1e-2, 3e-2, 9e-2]
+
+
+def test_the_search_ends_where_a_run_is_not_there(bench, tmp_path):
+    study, train, asked = scored(bench, tmp_path, {1e-3: 0.4, 3e-3: 0.5, 1e-2: 0.6})
+
+    def up_to_the_grid(method, rate, seed):
+        return rate <= 1e-2 and train(method, rate, seed)
+
+    assert list(bench.search(study, "PPO", up_to_the_grid)) == asked == [1e-3, 3e-3, 1e-2]
+    assert bench.search(study, "PPO", lambda *_: False) == {}
 
 
 def test_runs_of_the_search_are_shorter_and_have_a_seed_of_their_own(bench, tmp_path):
