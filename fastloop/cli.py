@@ -122,7 +122,7 @@ def _train_on(ranks, args: argparse.Namespace) -> int:
     config = load_config(args.config, args.overrides)
     trainer = Trainer(config, args.resume, ranks)
     if ranks.main:
-        print("\n".join(derived_lines(config, trainer.steps_trained, ranks.world)))
+        print("\n".join(derived_lines(trainer.config, trainer.steps_trained, ranks.world)))
         if trainer.iteration:
             print(f"resuming after iteration {trainer.iteration}")
         if trainer.not_carried_over:
