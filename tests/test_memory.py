@@ -15,8 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
-from fastloop.cli import main
-from fastloop.config import dump_config, load_config
+from fastloop.config import load_config
 from fastloop.denoisers import build_skeleton, load_denoiser
 from fastloop.errors import UserError
 from fastloop.memory import choose, free_bytes, probed_factor
@@ -292,13 +291,3 @@ def test_the_probe_changes_nothing(make_config, free):
 def test_free_memory_of_a_cpu_is_some_of_what_there_is():
     whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     assert 0 < free_bytes(CPU, 4) <= whole / 4
-
-
-def test_the_command_line_trains_with_automatic_batches_and_resumes(make_config, tmp_path, capsys, free):
-    free(2**40)
-    path = tmp_path / "recipe.yaml"
-    path.write_text(dump_config(make_config(memory=AUTO, iterations=1)))
-    assert main(["train", str(path)]) == 0
-    free(2e6)  # where it would choose smaller ones
-    assert main(["train", str(path), "--resume"]) == 0
-    assert capsys.readouterr().out.count("at most 6 at a time") == 2
