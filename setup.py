@@ -22,6 +22,7 @@ EXTRAS["test"] = [
     "pytest>=8",
     "pytest-benchmark>=5",
     "pytest-timeout>=2.3",
+    "pytest-xdist>=3.6",
     "ruff>=0.9",
 ]
 

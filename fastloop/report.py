@@ -501,7 +501,9 @@ def _metric_figure(
 
 
 def _running_mean(values: np.ndarray, window: int) -> np.ndarray:
-    """Mean over an odd window around each value, without the NaNs."""
+    """Mean over an odd window around each value, without the NaNs; of none where the run has no row yet."""
+    if not len(values):
+        return values
     finite = np.isfinite(values)
     ones = np.ones(window)
     sums = np.convolve(np.where(finite, values, 0.0), ones, "same")

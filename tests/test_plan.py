@@ -103,7 +103,7 @@ def test_the_bytes_of_an_update_are_those_of_a_real_one_at_any_batch(make_config
     config = make_config(**changes)
     denoiser, update = real_model(config), traced(config).update
     for batch in (1, 7):  # neither is one of those that are traced
-        assert update.peak(batch) == pytest.approx(live_in_update(denoiser, config, batch), rel=0.02)
+        assert update.peak(batch) == pytest.approx(live_in_update(denoiser, config, batch), rel=0.04)
 
 
 def test_gradient_checkpointing_keeps_less(make_config):
