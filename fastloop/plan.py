@@ -307,10 +307,10 @@ def _memory_lines(config: Config, checked: Checked, ranks: int, on_gpu: bool) ->
     lines.append("not counted: work space of operators, the allocator's slack, the reward's own model")
     lines.append("activations by memory.gradient_checkpointing")
     batch = sizes(config, largest_update(config, checked.steps_trained), ranks)[1]
+    own = traced.update
     for choice in (False, True):
         getattr(checked.skeleton.unet, f"{'enable' if choice else 'disable'}_gradient_checkpointing")()
-        if config.memory.gradient_checkpointing is not choice:
-            traced.update = traced.trace_update()
+        traced.update = own if config.memory.gradient_checkpointing is choice else traced.trace_update()
         lines.append(f"  {str(choice).lower():<26}{size_text(traced.activations(batch)):>12}")
     return lines
 

@@ -113,7 +113,7 @@ def test_gradient_checkpointing_keeps_less(make_config):
     assert kept == sorted(kept) and kept[0] < kept[1] < kept[2] and kept[0] < kept[2] / 2
 
 
-@pytest.mark.parametrize("own", [["mid_block"]])
+@pytest.mark.parametrize("own", [True, ["mid_block"]])
 def test_the_plan_says_what_either_choice_of_checkpointing_keeps(make_config, own):
     """Of one micro-batch, whatever the configuration's own choice."""
     lines = plan(make_config(memory={"gradient_checkpointing": own}))
