@@ -3,8 +3,9 @@
     python bench/memory.py [--model mid] [--rows plain,checkpointing] [--out bench/results]
 
 Every row is the same iteration of a full fine-tune: K = 4 images of each prompt, the same prompts, noise, steps and number of
-updates. The model has random weights, made anew in a temporary folder: `sd15` has the sizes of Stable Diffusion 1.5, `mid`
-about a quarter of its channels. Prints a Markdown table; writes memory_cpu.json, .md and .png, or memory_GPU.json and so on.
+updates. The model has random weights: `sd15` and `sdxl` are the full architectures, for a GPU; `mid` has about a quarter of
+SD 1.5's channels and is made anew in a temporary folder. Prints a Markdown table; writes memory_cpu.json, .md and .png, or
+memory_GPU.json and so on.
 
 - Rows are processes of their own. Those with ZeRO are started by `deepspeed`: one rank for each GPU, two ranks on a CPU.
 - peak: of the rank that needs most. On a GPU torch.cuda.max_memory_allocated. On a CPU the resident size (VmHWM, so Linux
@@ -41,7 +42,7 @@ import torch
 from fastloop import cli
 from fastloop import trainer as trainer_module
 from fastloop.config import Config, apply_overrides, dump_config, load_config, parse_config
-from fastloop.denoisers import ASSETS, load_denoiser
+from fastloop.denoisers import ASSETS, build_skeleton, load_denoiser
 from fastloop.denoisers.base import DTYPES
 from fastloop.errors import UserError
 from fastloop.machine import describe_machine, versions
@@ -88,12 +89,13 @@ MODELS = {
         "run": {"model": {"dtype": "bf16"}, "sampling": {"steps": 2}, "prompts_per_step": 2},
     },
     "sd15": {
-        "unet": dict(block_out_channels=(320, 640, 1280, 1280), sample_size=64),
-        "vae": dict(block_out_channels=(128, 256, 512, 512), layers_per_block=2),
-        "text": dict(vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12),
-        "run": {"model": {"dtype": "bf16"}, "sampling": {"steps": 4}, "prompts_per_step": 4},
+        "run": {"model": {"random_init": "sd15", "dtype": "bf16"}, "sampling": {"steps": 4}, "prompts_per_step": 4},
+    },
+    "sdxl": {
+        "run": {"model": {"random_init": "sdxl", "dtype": "bf16"}, "sampling": {"steps": 4}, "prompts_per_step": 2},
     },
 }
+FULL = ("sd15", "sdxl")  # by model.random_init, on a GPU
 
 
 # --- what is run ------------------------------------------------------------------------------------------------------
@@ -149,8 +151,9 @@ def make_model(size: str, folder: Path) -> int:
 def configs_for(size: str, folder: Path, parameters: int, more=()) -> dict[str, Config]:
     """The configuration of every row."""
     run = MODELS[size]["run"]
+    made = {} if size in FULL else {"path": str(folder / "model")}
     values = {
-        "model": {"path": str(folder / "model"), "adapter": "full", **run["model"]},
+        "model": {"adapter": "full", **made, **run["model"]},
         "prompts": {"source": "animals"},
         "rewards": [{"name": "jpeg_incompressibility"}],
         "eval": {"prompts": {"source": "animals", "limit": 1}, "images_per_prompt": 1},
@@ -199,7 +202,7 @@ def warm_up(config: Config, size: str) -> None:
 def load_unmapped(*args):
     """A denoiser whose weights are not mapped from their file: its pages would count as resident beside the copies."""
     denoiser = load_denoiser(*args)
-    for module in (denoiser.unet, denoiser.text_encoder, denoiser.vae):
+    for module in denoiser.parts.values():
         for tensor in (*module.parameters(), *module.buffers()):
             tensor.data = tensor.data.clone()
     return denoiser
@@ -360,7 +363,7 @@ def notes_for(rows: list[dict], size: str, on_gpu: bool) -> list[str]:
         notes.append(
             "Ranks share out the iteration's trajectories: each samples and trains on its part. Micro-batches are equal."
         )
-    if any(row["row"].startswith(("zero", "offload")) for row in rows) and size != "sd15":
+    if any(row["row"].startswith(("zero", "offload")) for row in rows) and size not in FULL:
         notes.append("DeepSpeed's buckets are scaled by the number of parameters, from SD 1.5's size to this model's.")
     if any(row["row"] == "offload" for row in rows):
         also = (
@@ -393,7 +396,7 @@ def table(rows: list[dict]) -> str:
     for row in rows:
         line = [row["label"], str(row["ranks"])]
         if row["problem"]:
-            line += [f"not measured: {row['problem']}", *["-"] * 7]
+            line += [f"not measured: {row['problem']}", *["-"] * (len(lines[0]) - 3)]
         else:
             line += [size_text(row["peak_bytes"]), share_text(row)]
             line += [size_text(row[f"{phase}_bytes"]) for phase in ("loading", *PHASES)]
@@ -451,6 +454,8 @@ def main(argv: list[str] | None = None) -> int:
         names = args.rows.split(",")
         if unknown := [name for name in names if name not in ROWS]:
             raise UserError(f"--rows: unknown row {unknown[0]!r}: any of {', '.join(ROWS)}")
+        if not on_gpu and args.model in FULL:
+            raise UserError(f"--model: {args.model} at full size is for a GPU: use mid")
         if not on_gpu and sys.platform != "linux":
             raise UserError("a CPU's memory is read from /proc, which only Linux has")
     except UserError as error:
@@ -461,7 +466,11 @@ def main(argv: list[str] | None = None) -> int:
     rows = []
     with tempfile.TemporaryDirectory(prefix="fastloop-memory-") as temporary:
         folder = Path(temporary)
-        parameters = make_model(args.model, folder / "model")
+        if args.model in FULL:
+            model = build_skeleton(Config.model_validate({"rewards": [{"name": "shapes"}], **MODELS[args.model]["run"]}).model)
+            parameters = sum(p.numel() for p in model.unet.parameters())
+        else:
+            parameters = make_model(args.model, folder / "model")
         configs = configs_for(args.model, folder, parameters, args.set)
         for name in filter(names.__contains__, ROWS):
             row = measure(name, args.model, configs[name], folder, on_gpu) | {"plan": estimate(configs[name])}
