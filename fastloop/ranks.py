@@ -39,6 +39,7 @@ class Ranks:
         self.on_failure: Callable[[str], None] = lambda message: None  # called before this rank is ended for another's failure
         self._group: dist.ProcessGroup | None = None
         self._store: dist.Store | None = None
+        self._watcher: threading.Thread | None = None
         self._left = threading.Event()
 
     @classmethod
@@ -72,7 +73,8 @@ class Ranks:
             ranks._group = dist.new_group(backend="gloo", timeout=_PATIENCE) if on_gpu else dist.group.WORLD
             # an own connection: on the group's, a look would wait behind whatever the main thread waits for
             ranks._store = dist.TCPStore(address, port, is_master=False, wait_for_workers=False)
-            threading.Thread(target=ranks._watch, name="ranks", daemon=True).start()
+            ranks._watcher = threading.Thread(target=ranks._watch, name="ranks", daemon=True)
+            ranks._watcher.start()
         return ranks
 
     # --- shares --------------------------------------------------------------------------------------------------------
@@ -163,7 +165,7 @@ class Ranks:
             return
         if error is None:
             self.wait()
-            self._left.set()
+            self._stop_watching()
             dist.destroy_process_group()
             return
         if isinstance(error, UserError) and not self.main:
@@ -177,8 +179,14 @@ class Ranks:
         if not first:
             sys.stderr.flush()
             os._exit(2 if isinstance(error, UserError) else 1)  # quietly: the one that failed has said why
+        self._stop_watching()
         if not self.main and isinstance(error, (UserError, RunFailed)) and not message.startswith("rank "):
             raise kind(f"rank {self.rank}: {message}") from error
+
+    def _stop_watching(self) -> None:
+        """Before Python ends: it would end the thread in the middle of a look at the store, which aborts the process."""
+        self._left.set()
+        self._watcher.join()
 
     def _watch(self) -> None:
         """Ends this process soon after another one failed, whatever it is waiting for."""

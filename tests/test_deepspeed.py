@@ -394,6 +394,15 @@ def test_several_ranks_need_the_engine_for_them(tmp_path):
     assert "fastloop: engine.name: torch is for one process, the launcher started 2: set it to deepspeed" in done.stderr
 
 
+def test_ranks_leave_with_exit_code_0_whenever_they_look_for_failures(tmp_path):
+    """Looking without pause, so that Python would end in the middle of a look."""
+    lines = ["from fastloop import ranks", "ranks._POLL = 0.0", "with ranks.Ranks.join() as joined:", "    joined.wait()"]
+    script = tmp_path / "leave.py"
+    script.write_text("\n".join(lines))
+    for _ in range(3):
+        launch(3, script)
+
+
 def test_two_machines_without_ssh_make_one_run(bundled_alone, tmp_path):
     """Two launchers, as on two machines, each with the hostfile and its number."""
     hosts = tmp_path / "hosts"
