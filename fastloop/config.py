@@ -32,13 +32,14 @@ class Strict(BaseModel):
 
 
 class LoraConfig(Strict):
-    """Low-rank adapters on the UNet (peft)."""
+    """Low-rank adapters on the UNet, and on the text encoders if wanted (peft)."""
 
     rank: Positive = 16
     alpha: Annotated[float, Field(gt=0)] | None = Field(None, description="scale is alpha / rank; default: the rank")
     target_modules: list[str] = Field(
-        ["to_q", "to_k", "to_v", "to_out.0"], min_length=1, description="module names by their ending"
+        ["to_q", "to_k", "to_v", "to_out.0"], min_length=1, description="modules of the UNet by the ending of their names"
     )
+    text_encoders: bool = Field(False, description="adapters of the same rank on the attention of the text encoders too")
 
 
 class VaeConfig(Strict):
@@ -364,6 +365,8 @@ class Config(Strict):
 
     def _model_problem(self) -> str | None:
         model = self.model
+        if model.lora.text_encoders and model.adapter == "full":
+            return "model.lora.text_encoders: model.adapter=full trains the UNet alone: set it to false, or model.adapter=lora"
         if model.random_init is None:
             return "model.path: no model: give assets:shapes, a folder or a hub id" if model.path is None else None
         for key in ("path", "revision", "variant"):
@@ -398,6 +401,8 @@ class Config(Strict):
             return "engine.offload_parameters: the optimizer goes first: set engine.offload_optimizer=true and cpu_adamw"
         if engine.rollout_parameters is not None and stage != 3:
             return f"engine.rollout_parameters: with engine.zero_stage={stage} the weights are always whole: leave it out"
+        if stage == 3 and self.model.lora.text_encoders:
+            return "model.lora.text_encoders: engine.zero_stage=3 shares out the UNet alone: set it to false, or zero_stage=2"
         if stage == 3 and self.kl.weight and self.model.adapter == "full":
             return (
                 "kl.weight: a full fine-tune's frozen copy is not shared out: set engine.zero_stage=2, or model.adapter=lora"

@@ -141,7 +141,7 @@ class Traced:
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         with self.fake:
             for module in skeleton.parts.values():
-                if self._engine_casts and module is skeleton.unet:
+                if self._engine_casts and module in skeleton.trained_parts.values():
                     module.to(DTYPES[config.model.dtype])
                 _make_fake(module)
             skeleton.device = torch.device("cpu")  # autocast and the choice of operators go by it
@@ -195,10 +195,20 @@ class Traced:
 
 
 def inputs(denoiser: Denoiser, config: Config, batch: int) -> tuple:
-    """Latents, timesteps and both conditions of a micro-batch, of the right shapes; the values are whatever was there."""
-    embeddings = [denoiser.blank_embedding()] * batch
+    """Latents, timesteps and both conditions of a micro-batch, of the right shapes; the values are whatever was there.
+
+    Where the text encoders are trained, the conditions come out of them: of as many different prompts as there are rows.
+    """
+    blank = denoiser.blank_embedding()
+    embeddings, absent = [blank] * batch, blank
+    if denoiser.trains_text:
+        lengths = [encoder.config.max_position_embeddings for encoder in denoiser.text_encoders.values()]
+        ids = [torch.zeros(1, length, dtype=torch.int64, device=denoiser.device) for length in lengths]
+        embeddings = [denoiser.embed(ids) for _ in range(batch)]
+        zeros = denoiser.absent_is_zero and not config.sampling.negative_prompt
+        absent = blank if zeros or config.sampling.guidance_scale == 1 else denoiser.embed(ids)
     cond = denoiser.condition(embeddings, config.sampling)
-    uncond = None if config.sampling.guidance_scale == 1 else denoiser.condition(embeddings, config.sampling)
+    uncond = None if config.sampling.guidance_scale == 1 else denoiser.condition([absent] * batch, config.sampling)
     x = torch.empty(batch, *denoiser.latent_shape(config.sampling.height, config.sampling.width), device=denoiser.device)
     return x, torch.zeros(batch, dtype=torch.int64, device=denoiser.device), cond, uncond
 
@@ -277,15 +287,16 @@ def estimate(
     host = {"trajectories": stays.pop("trajectories")} if away else {}
     for name in sharded.offloaded:
         host[name] = stays.pop(name)
-    guests = {"text encoders": texts, "VAE": weights["vae"]}
+    guests = {"VAE": weights["vae"]} | ({} if denoiser.trains_text else {"text encoders": texts})
+    if denoiser.trains_text:
+        stays |= {"text encoders": texts, "prompt embeddings": 0}
     if leaves:
         host |= guests
-    beside = 0 if leaves else sum(guests.values())
-    resident = sum(stays.values()) + beside
+    resident = sum(stays.values()) + (0 if leaves else sum(guests.values()))
     gathered = sharded.gathered(unet)
     in_step = sharded.gradients(trained) + step_bytes(config.optimizer.name, sharded.pieces(trainable), on_gpu)
     working = {
-        "encode": traced.encode + (texts if leaves else 0),
+        "encode": traced.encode + (guests.get("text encoders", 0) if leaves else 0),
         "rollout": traced.rollout.peak(rollout) + gathered,
         "decode": traced.decode.peak(decode) + (weights["vae"] if leaves else 0) + gathered,
         "update": traced.update.peak(update) + sharded.in_backward(trained) + gathered,

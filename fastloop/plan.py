@@ -267,8 +267,8 @@ def _parameter_lines(config: Config, skeleton: Denoiser) -> list[str]:
     lines = ["parameters"]
     trained = sum(p.numel() for p in skeleton.trainable().values())
     for name, module in skeleton.parts.items():
-        added = trained if name == "unet" and config.model.adapter == "lora" else 0
-        lines.append(f"  {name.replace('_', ' '):<15}{sum(p.numel() for p in module.parameters()) - added:>15,}")
+        own = [p for p in module.parameters() if config.model.adapter == "full" or not p.requires_grad]  # without adapters
+        lines.append(f"  {name.replace('_', ' '):<15}{sum(p.numel() for p in own):>15,}")
     lines.append(f"  {'trained':<15}{trained:>15,}")
     return lines
 

@@ -12,6 +12,7 @@ from tqdm import tqdm
 from fastloop import kernels
 from fastloop.config import Config, ModelConfig, SamplingConfig
 from fastloop.denoisers import family, read_json, source
+from fastloop.denoisers.base import upload
 from fastloop.errors import RewardFailed, UserError
 from fastloop.prompts import Prompt
 from fastloop.ranks import Ranks
@@ -49,9 +50,28 @@ class Trajectories:
         return upload(self.latents[step, i], device), upload(self.latents[step + 1, i], device)
 
 
-def upload(values: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A copy of host values on a device, which the host does not wait for: a copy from pageable memory would hold it up."""
-    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
+class Texts:
+    """The conditioning of trajectories: encoded once, or for each micro-batch where updates reach the text encoders."""
+
+    def __init__(self, denoiser, prompts: list[str], sampling: SamplingConfig) -> None:
+        self.denoiser, self.prompts, self.sampling = denoiser, prompts, sampling
+        if denoiser.trains_text:
+            return
+        distinct = list(dict.fromkeys(prompts))
+        number = {prompt: i for i, prompt in enumerate(distinct)}
+        self._row = torch.tensor([number[prompt] for prompt in prompts], device=denoiser.device)
+        self._cond, self._uncond = denoiser.encode(distinct, sampling)
+
+    def of(self, at: torch.Tensor, i: torch.Tensor):
+        """What `predict` takes as ``cond`` and ``uncond`` for (trajectory, step) pairs.
+
+        Args:
+            at: int64 (B, 2), on the host. i: its trajectories, on the device.
+        """
+        if self.denoiser.trains_text:
+            return self.denoiser.encode([self.prompts[k] for k in at[:, 0].tolist()], self.sampling)
+        row = self._row[i]
+        return self._cond[row], None if self._uncond is None else self._uncond[row]
 
 
 @torch.no_grad()
@@ -85,7 +105,8 @@ def rollout(
     stored = (len(table) + 1, len(prompts), *shape) if keep_latents else (0,)
     on_host = trajectories_on == "host" and device.type != "cpu"
     latents = torch.empty(stored, pin_memory=device.type == "cuda") if on_host else torch.empty(stored, device=device)
-    denoiser.encode(list(dict.fromkeys(prompts)), sampling)  # what is new all at once: the text encoders come in once
+    if not denoiser.trains_text:
+        denoiser.encode(list(dict.fromkeys(prompts)), sampling)  # what is new all at once: the text encoders come in once
     log_probs = torch.empty((len(table), len(prompts)), device=device)
     images = []
     for start in range(0, len(prompts), batch):

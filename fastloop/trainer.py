@@ -25,6 +25,7 @@ from fastloop.advantages import ADVANTAGES, PromptTracker, finish
 from fastloop.checkpoints import load_checkpoint, load_weights, save_checkpoint
 from fastloop.config import Config
 from fastloop.denoisers import load_denoiser
+from fastloop.denoisers.base import upload
 from fastloop.engines.deepspeed import DeepSpeedEngine
 from fastloop.engines.torch import TorchEngine
 from fastloop.errors import RewardFailed, RunFailed, UserError
@@ -40,7 +41,7 @@ from fastloop.prompts import PromptStream
 from fastloop.ranks import ALONE, Ranks
 from fastloop.report import write_report
 from fastloop.rewards import save_unscored
-from fastloop.rollout import Trajectories, gather_scores, scored_rollout, upload
+from fastloop.rollout import Texts, Trajectories, gather_scores, scored_rollout
 from fastloop.rundir import claim_run_dir, rewrite_config, write_run
 from fastloop.tracking import Tracker, before_after_grid, image_grid, read_rows
 
@@ -94,7 +95,8 @@ class Trainer:
             load_weights(self.parameters, weights)
         if config.engine.name == "deepspeed":
             pairs = largest_update(config, self.steps_trained)
-            self.engine = DeepSpeedEngine(self.denoiser.unet, self.parameters, config, self.device, ranks, pairs)
+            parts = self.denoiser.trained_parts
+            self.engine = DeepSpeedEngine(parts, self.parameters, config, self.device, ranks, pairs)
         else:
             self.engine = TorchEngine(self.denoiser.unet, self.parameters, config, self.device)
         self.denoiser.model = self.engine.model
@@ -233,10 +235,7 @@ class Trainer:
             updates += np.array_split(pairs, per_pass)
         n = len(advantages)
         advantages = advantages[self.ranks.padded(n)]  # as the trajectories here
-        distinct = list(dict.fromkeys(trajectories.prompts))
-        number = {prompt: i for i, prompt in enumerate(distinct)}
-        row = torch.tensor([number[prompt] for prompt in trajectories.prompts], device=self.device)
-        text = (*self.denoiser.encode(distinct, config.sampling), row)
+        text = Texts(self.denoiser, trajectories.prompts, config.sampling)
         norms, sums, deviations = [], [], []  # of each update
         quiet = None if self.ranks.main else True  # None: only where there is a terminal
         with tqdm(total=sum(map(len, updates)), desc="  update", leave=False, disable=quiet) as bar:
@@ -280,25 +279,24 @@ class Trainer:
         for batch in batches:
             real = len(batch) > 0  # else any pair, with weight 0, to keep in step with the other ranks
             at = torch.from_numpy(batch) if real else torch.tensor([[0, self.steps_trained[0]]])
-            terms, loss, kl = self._loss(trajectories, advantages, at, *text)
+            terms, loss, kl = self._loss(trajectories, advantages, at, text)
             self.engine.backward(loss.sum() * real / pairs, last=batch is batches[-1])
             sums = torch.cat([terms.statistics, *(value.sum()[None] for value in (loss.detach(), *kl))])
             seen.append(sums if real else torch.zeros_like(sums))
             bar.update(len(batch))
         return torch.stack(seen)
 
-    def _loss(self, trajectories, advantages, at, cond, uncond, row):
+    def _loss(self, trajectories, advantages, at, text: Texts):
         """Of (trajectory, step) pairs, float32 (B,): policy terms, the whole loss, and in a list the KL where there is one.
 
         Args:
-            at: int64 (B, 2), on the host. cond, uncond: of distinct prompts. row: int64 (N,), which of them a trajectory has.
+            at: int64 (B, 2), on the host.
         """
         config = self.config
         i, step = upload(at, self.device).unbind(1)
         x_t, x_prev = trajectories.pairs(at, i, step)
-        cond, uncond = cond[row[i]], None if uncond is None else uncond[row[i]]
         a, b, sigma, weight = (column[step] for column in self._columns)
-        outputs = self.denoiser.predict(x_t, self._timesteps[step], cond, uncond)
+        outputs = self.denoiser.predict(x_t, self._timesteps[step], *text.of(at, i))
         terms = kernels.backend(config.kernels, self.device).policy_loss(
             *outputs,
             x_t,
@@ -318,7 +316,7 @@ class Trainer:
         loss, kl = terms.loss, []
         if config.kl.weight:
             with torch.no_grad(), self.denoiser.reference():
-                reference = self.denoiser.predict(x_t, self._timesteps[step], cond, uncond)
+                reference = self.denoiser.predict(x_t, self._timesteps[step], *text.of(at, i))
             means = (transition_mean(*o, x_t, a, b, config.sampling.guidance_scale) for o in (outputs, reference))
             distance = gaussian_kl(*means, sigma)
             loss, kl = loss + config.kl.weight * distance, [distance.detach()]
@@ -345,12 +343,12 @@ class Trainer:
         With gradients on where an update's micro-batch is as large, so that what differs with them shows.
         """
         n = min(self.config.memory.rollout_batch, len(trajectories.prompts))
-        text = (*self.denoiser.encode(trajectories.prompts[:n], self.config.sampling), torch.arange(n, device=self.device))
+        text = Texts(self.denoiser, trajectories.prompts[:n], self.config.sampling)
         zeros, worst = torch.zeros(len(trajectories.prompts), device=self.device), 0.0
         with nullcontext() if n <= self.config.memory.update_batch else torch.no_grad():
             for step in sorted({int(self.steps_trained[0]), int(self.steps_trained[-1])}):
                 at = torch.stack([torch.arange(n), torch.full((n,), step)], 1)
-                ratio = self._loss(trajectories, zeros, at, *text)[0].ratio  # and nothing of the graph
+                ratio = self._loss(trajectories, zeros, at, text)[0].ratio  # and nothing of the graph
                 worst = max(worst, (ratio - 1).abs().nan_to_num(math.inf).max().item())
         worst = float(self.ranks.gather(np.array(worst)).max())
         if math.isinf(worst):

@@ -21,7 +21,7 @@ from fastloop.errors import UserError
 from fastloop.memory import choose, free_bytes, probed_factor
 from fastloop.plan import check
 from fastloop.ranks import Ranks
-from fastloop.rollout import Trajectories, rollout, sampler_table
+from fastloop.rollout import Texts, Trajectories, rollout, sampler_table
 from fastloop.tracking import read_rows
 from fastloop.trainer import Trainer, micro_batches, shuffled_pairs
 
@@ -180,8 +180,8 @@ def test_an_updates_micro_batches_do_not_wait_for_the_device(make_config, place,
         ids=torch.arange(n, device=META),
         images=np.zeros(n),
     )
-    cond = denoiser.condition([denoiser.blank_embedding()], config.sampling)
-    text = (cond, cond, torch.zeros(n, dtype=torch.int64, device=META))
+    denoiser._embeddings = {text: denoiser.blank_embedding() for text in ("a cat", None)}
+    text = Texts(denoiser, trajectories.prompts, config.sampling)
     pairs = shuffled_pairs(np.random.default_rng(0), n, trainer.steps_trained, 1.0)
     batches = micro_batches(pairs, trainer.ranks, n, config.memory.update_batch)
     crossings = Crossings()

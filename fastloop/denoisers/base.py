@@ -29,6 +29,7 @@ from fastloop.optimizers import holding
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ADAPTER = "default"
+TEXT_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]  # of CLIP's attention
 CACHED_PROMPTS = 4096
 
 
@@ -40,32 +41,15 @@ class FlashAttention(AttnProcessor2_0):
             return super().__call__(*args, **kwargs)
 
 
-def add_lora(unet: UNet2DConditionModel, config: ModelConfig) -> None:
-    """Puts fresh float32 adapters on the UNet. Raises ``UserError`` where no module has one of the names."""
-    lora = config.lora
-    modules = [f".{name}" for name, _ in unet.named_modules()]
-    for target in lora.target_modules:  # peft only wants one of them to be there
-        if not any(module.endswith(f".{target}") for module in modules):
-            raise UserError(f"model.lora.target_modules: the UNet has no module {target!r}: name modules by their ending")
-    try:
-        unet.add_adapter(
-            LoraConfig(
-                r=lora.rank,
-                lora_alpha=lora.alpha or lora.rank,
-                target_modules=lora.target_modules,
-                init_lora_weights="gaussian",
-            ),
-            adapter_name=ADAPTER,
-        )
-    except ValueError as error:
-        raise UserError(f"model.lora.target_modules: {str(error).splitlines()[0]}") from None
-    for parameter in unet.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
+def upload(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy of host values on a device, which the host does not wait for: a copy from pageable memory would hold it up."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
 
 
 class Denoiser:
-    """UNet, VAE and text encoders behind `encode`, `predict` and `decode`; the UNet is what is trained.
+    """UNet, VAE and text encoders behind `encode`, `predict` and `decode`.
+
+    The UNet is what is trained, and with ``model.lora.text_encoders`` the text encoders.
 
     A family says which parts it has, how a text becomes an embedding, how embeddings condition the UNet, and checks that
     its parts fit each other.
@@ -76,6 +60,7 @@ class Denoiser:
     absent: dict[str, Any]  # arguments of the pipeline for the parts that are left out
     upcasts_vae = False  # whether the family's pipeline decodes in float32 where the VAE's config has force_upcast
     sizes_condition = False  # whether the UNet is told of picture sizes
+    absent_is_zero = False  # whether an absent negative prompt is zeros, not the embedding of an empty text
 
     def __init__(
         self,
@@ -94,7 +79,7 @@ class Denoiser:
         self.model = unet  # what computes its forward: an engine may put its own around it
         self._embeddings: dict[str | None, tuple[torch.Tensor, ...]] = {}
         self._reference: dict[str, torch.Tensor] | None = None
-        self._offloaded = False
+        self._resting: tuple[torch.nn.Module, ...] = ()  # what is on the device only while it computes
         self._compiled_batches: list[int] = []
         for module in self.parts.values():
             module.requires_grad_(False).to(device).eval()  # eval: no dropout, so that ratios start at 1
@@ -108,6 +93,16 @@ class Denoiser:
         """The modules by the names of their folders in a pipeline."""
         return {"unet": self.unet, **self.text_encoders, "vae": self.vae}
 
+    @property
+    def trains_text(self) -> bool:
+        """Whether embeddings change with training, and updates reach the text encoders through them."""
+        return self.config.adapter == "lora" and self.config.lora.text_encoders
+
+    @property
+    def trained_parts(self) -> dict[str, torch.nn.Module]:
+        """Those of `parts` that have trained weights."""
+        return {"unet": self.unet, **(self.text_encoders if self.trains_text else {})}
+
     # --- what a family adds ----------------------------------------------------------------------------------------------
 
     @classmethod
@@ -115,8 +110,8 @@ class Denoiser:
         """Raises ``UserError`` where what one part gives is not what the next takes."""
         raise NotImplementedError
 
-    def embed(self, text: str | None) -> tuple[torch.Tensor, ...]:
-        """The embedding of one text, each tensor without a batch dimension; ``None`` is the absent negative prompt."""
+    def embed(self, ids: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """The embedding of one text, each tensor without a batch dimension, of its ids for each text encoder, int64 (1, L)."""
         raise NotImplementedError
 
     def blank_embedding(self) -> tuple[torch.Tensor, ...]:
@@ -130,6 +125,10 @@ class Denoiser:
     def unet_arguments(self, cond, uncond) -> dict[str, Any]:
         """Keyword arguments of the UNet beside latents and timesteps; the unconditional rows, where there are any, first."""
         raise NotImplementedError
+
+    def idle_modules(self, part: str) -> str | None:
+        """A regular expression of modules of a part whose outputs nothing uses, which adapters would never learn in."""
+        return None
 
     # --- parts -----------------------------------------------------------------------------------------------------------
 
@@ -191,7 +190,9 @@ class Denoiser:
             self.unet.set_attn_processor(FlashAttention())
         if self.config.adapter == "lora":
             torch.manual_seed(seed)
-            add_lora(self.unet, self.config)
+            self._add_lora("unet", self.config.lora.target_modules)
+            for name in self.text_encoders if self.trains_text else ():
+                self._add_lora(name, TEXT_TARGETS)
         else:
             # a full fine-tune keeps float32 weights; the forward runs in `model.dtype` under autocast
             self.unet.float().requires_grad_(True)
@@ -199,6 +200,32 @@ class Denoiser:
             self.unet.enable_gradient_checkpointing()
         if isinstance(gradient_checkpointing, list):
             self._checkpoint_only(gradient_checkpointing)
+
+    def _add_lora(self, part: str, targets: list[str]) -> None:
+        """Puts fresh float32 adapters on a part. Raises ``UserError`` where no module has one of the names."""
+        model, lora, what = self.parts[part], self.config.lora, part.replace("unet", "UNet").replace("_", " ")
+        modules = [f".{name}" for name, _ in model.named_modules()]
+        for target in targets:  # peft only wants one of them to be there
+            if not any(module.endswith(f".{target}") for module in modules):
+                raise UserError(
+                    f"model.lora.target_modules: the {what} has no module {target!r}: name modules by their ending"
+                )
+        try:
+            model.add_adapter(
+                LoraConfig(
+                    r=lora.rank,
+                    lora_alpha=lora.alpha or lora.rank,
+                    target_modules=targets,
+                    exclude_modules=self.idle_modules(part),
+                    init_lora_weights="gaussian",
+                ),
+                adapter_name=ADAPTER,
+            )
+        except ValueError as error:
+            raise UserError(f"model.lora.target_modules: {str(error).splitlines()[0]}") from None
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
 
     def _checkpoint_only(self, chosen: list[str]) -> None:
         """Leaves gradient checkpointing on in the blocks named, and in what is inside them."""
@@ -219,20 +246,28 @@ class Denoiser:
 
     @contextmanager
     def reference(self) -> Iterator[None]:
-        """Within it `predict` gives the outputs of the model before training."""
+        """Within it `predict` gives the outputs of the model before training, and `encode` its embeddings."""
         if self.config.adapter == "lora":
-            self.unet.disable_adapters()
+            for part in self.trained_parts.values():
+                part.disable_adapters()
             try:
                 yield
             finally:
-                self.unet.enable_adapters()
+                for part in self.trained_parts.values():
+                    part.enable_adapters()
             return
         parameters = dict(self.unet.named_parameters())
         with holding(parameters, {name: self._reference[name].to(p.dtype) for name, p in parameters.items()}):
             yield
 
     def trainable(self) -> dict[str, torch.nn.Parameter]:
-        return {name: p for name, p in self.unet.named_parameters() if p.requires_grad}
+        """By name; those of a text encoder begin with the name of their part."""
+        named = [
+            (name if part == "unet" else f"{part}.{name}", p)
+            for part, module in self.trained_parts.items()
+            for name, p in module.named_parameters()
+        ]
+        return {name: p for name, p in named if p.requires_grad}
 
     def latent_shape(self, height: int | None, width: int | None) -> tuple[int, int, int]:
         """(C, H, W) of the latents of a picture size in pixels; the model's own size where it is not given.
@@ -280,14 +315,14 @@ class Denoiser:
             self.unet.compile(dynamic=False)
 
     def offload_frozen(self) -> None:
-        """From now on text encoders and VAE rest in the host's memory and are on the device only while they compute.
+        """From now on what is not trained of text encoders and VAE is on the device only while it computes.
 
-        Their weights never change, so they are copied one way only. On a CPU there is nothing to do.
+        It rests in the host's memory. Its weights never change, so they are copied one way only. Nothing to do on a CPU.
         """
         if self.device.type == "cpu":
             return
-        self._offloaded = True
-        for module in (*self.text_encoders.values(), self.vae):
+        self._resting = (*(() if self.trains_text else self.text_encoders.values()), self.vae)
+        for module in self._resting:
             module.to("cpu")
             if self.device.type == "cuda":  # pinned, so that the host does not wait for the copy
                 for tensor in (*module.parameters(), *module.buffers()):
@@ -296,10 +331,7 @@ class Denoiser:
     @contextmanager
     def _present(self, *modules: torch.nn.Module) -> Iterator[None]:
         """Within it these parts are on the device."""
-        if not self._offloaded:
-            yield
-            return
-        inner = [m for module in modules for m in module.modules()]
+        inner = [m for module in modules if module in self._resting for m in module.modules()]
         resting = [(of, dict(of)) for m in inner for of in (m._parameters, m._buffers)]
         for of, tensors in resting:
             for name, tensor in tensors.items():
@@ -312,29 +344,38 @@ class Denoiser:
             for of, tensors in resting:
                 of.update(tensors)
 
-    @torch.no_grad()
     def encode(self, prompts: list[str], sampling: SamplingConfig):
-        """Conditioning of n prompts and, where guidance is on, of the negative prompt; each text is encoded once."""
+        """Conditioning of n prompts and, where guidance is on, of the negative prompt; each text is encoded once.
+
+        Where text encoders are trained: once a call, with gradients where they are on. Else once and for all.
+        """
         texts = [*prompts, sampling.negative_prompt or None] if sampling.guidance_scale != 1 else prompts
         distinct = dict.fromkeys(texts)
-        found = {text: self._embeddings[text] for text in distinct if text in self._embeddings}
+        known = {} if self.trains_text else self._embeddings
+        found = {text: known[text] for text in distinct if text in known}
         if len(found) < len(distinct):
-            with self._present(*self.text_encoders.values()):
+            with self._present(*self.text_encoders.values()), nullcontext() if self.trains_text else torch.no_grad():
                 # One text at a time: the result must not depend on which prompts came along.
-                found |= {text: self.embed(text) for text in distinct if text not in found}
-            self._embeddings |= found
-            while len(self._embeddings) > CACHED_PROMPTS:
-                del self._embeddings[next(iter(self._embeddings))]
+                found |= {text: self._embedding(text) for text in distinct if text not in found}
+            known |= found
+            while len(known) > CACHED_PROMPTS:
+                del known[next(iter(known))]
         cond = self.condition([found[prompt] for prompt in prompts], sampling)
         if len(texts) == len(prompts):
             return cond, None
         return cond, self.condition([found[texts[-1]]] * len(prompts), sampling)
 
+    def _embedding(self, text: str | None) -> tuple[torch.Tensor, ...]:
+        """Of one text; ``None`` is the absent negative prompt."""
+        if text is None and self.absent_is_zero:
+            return tuple(torch.zeros_like(tensor) for tensor in self.blank_embedding())
+        return self.embed([self.tokens(tokenizer, text or "") for tokenizer in self.tokenizers.values()])
+
     def tokens(self, tokenizer: CLIPTokenizer, text: str) -> torch.Tensor:
         """Its ids, int64 (1, L), padded or cut to the length that the text encoder takes."""
         length = tokenizer.model_max_length
         ids = tokenizer(text, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
-        return ids.to(self.device)
+        return upload(ids, self.device)
 
     def predict(
         self, latents: torch.Tensor, timesteps: torch.Tensor, cond, uncond
@@ -408,13 +449,14 @@ class Denoiser:
         """
         to = DTYPES[dtype]
         if self.config.adapter == "lora":
-            self.pipeline_class.save_lora_weights(
-                folder,
+            adapters = {}
+            for name, part in self.trained_parts.items():
                 # in peft's names: diffusers' older ones are for attention alone, mixed with others they are not loaded
-                unet_lora_layers={name: value.to(to) for name, value in get_peft_model_state_dict(self.unet).items()},
+                state = get_peft_model_state_dict(part, save_embedding_layers=False)
+                adapters[f"{name}_lora_layers"] = {key: value.to(to) for key, value in state.items()}
                 # without it diffusers takes alpha = rank, whatever was trained
-                unet_lora_adapter_metadata=self.unet.peft_config[ADAPTER].to_dict(),
-            )
+                adapters[f"{name}_lora_adapter_metadata"] = part.peft_config[ADAPTER].to_dict()
+            self.pipeline_class.save_lora_weights(folder, **adapters)
             return
         diffusers_logging.disable_progress_bar()
         # The other parts come from the files again, in the same dtype, where there are files.

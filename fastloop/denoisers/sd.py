@@ -27,8 +27,8 @@ class StableDiffusion(Denoiser):
             ("VAE", vae.latent_channels, unet.in_channels, "in_channels"),
         )
 
-    def embed(self, text: str | None) -> tuple[torch.Tensor]:
-        return (self.text_encoders["text_encoder"](self.tokens(self.tokenizers["tokenizer"], text or ""))[0][0],)
+    def embed(self, ids: list[torch.Tensor]) -> tuple[torch.Tensor]:
+        return (self.text_encoders["text_encoder"](ids[0])[0][0],)
 
     def blank_embedding(self) -> tuple[torch.Tensor]:
         config = self.text_encoders["text_encoder"].config

@@ -11,7 +11,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from fastloop.config import SamplingConfig
 from fastloop.denoisers import read_json
-from fastloop.denoisers.base import DTYPES, Denoiser, refuse_misfits
+from fastloop.denoisers.base import DTYPES, Denoiser, refuse_misfits, upload
 from fastloop.errors import UserError
 
 TIME_IDS = 6  # original height and width, crop from the top and the left, target height and width
@@ -64,15 +64,14 @@ class StableDiffusionXL(Denoiser):
             ("VAE", vae.latent_channels, unet.in_channels, "in_channels"),
         )
 
-    def embed(self, text: str | None) -> tuple[torch.Tensor, torch.Tensor]:
-        if text is None:
-            index = read_json(self.path, self.config, "model_index.json")
-            if index.get("force_zeros_for_empty_prompt", True):
-                return tuple(torch.zeros_like(tensor) for tensor in self.blank_embedding())
-            text = ""
+    @property
+    def absent_is_zero(self) -> bool:
+        return read_json(self.path, self.config, "model_index.json").get("force_zeros_for_empty_prompt", True)
+
+    def embed(self, ids: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         outputs = [
-            encoder(self.tokens(tokenizer, text), output_hidden_states=True)
-            for tokenizer, encoder in zip(self.tokenizers.values(), self.text_encoders.values(), strict=True)
+            encoder(of_encoder, output_hidden_states=True)
+            for of_encoder, encoder in zip(ids, self.text_encoders.values(), strict=True)
         ]
         return torch.cat([output.hidden_states[-2][0] for output in outputs], -1), outputs[1].text_embeds[0]
 
@@ -82,11 +81,17 @@ class StableDiffusionXL(Denoiser):
         width = first.hidden_size + second.hidden_size
         return torch.empty(first.max_position_embeddings, width, **like), torch.empty(second.projection_dim, **like)
 
+    def idle_modules(self, part: str) -> str | None:
+        """The last layer of the first text encoder: the one before is taken, and no projection of the whole text."""
+        if part != "text_encoder":
+            return None
+        return rf".*\.layers\.{self.text_encoders[part].config.num_hidden_layers - 1}\..*"
+
     def condition(self, embeddings: list[tuple[torch.Tensor, torch.Tensor]], sampling: SamplingConfig) -> Conditioning:
         size = self.image_size(sampling)
         sizes = (*(sampling.original_size or size), *sampling.crop_top_left, *(sampling.target_size or size))
         texts, pooled = zip(*embeddings, strict=True)
-        ids = torch.tensor(sizes, dtype=torch.float32, device=self.device)
+        ids = upload(torch.tensor(sizes, dtype=torch.float32), self.device)
         return Conditioning(torch.stack(texts), torch.stack(pooled), ids.repeat(len(texts), 1))
 
     def unet_arguments(self, cond: Conditioning, uncond: Conditioning | None) -> dict[str, Any]:

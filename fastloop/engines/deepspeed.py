@@ -123,10 +123,23 @@ def _merge(own: dict[str, Any], derived: dict[str, Any], where: str, prefix: str
     return merged
 
 
+class _Together(torch.nn.Module):
+    """Trained parts as the one module that DeepSpeed takes. Its forward is the UNet's; the others are called by themselves."""
+
+    def __init__(self, parts: dict[str, torch.nn.Module]) -> None:
+        super().__init__()
+        for name, part in parts.items():
+            self.add_module(name, part)
+
+    def forward(self, *args, **kwargs):
+        return self.unet(*args, **kwargs)
+
+
 class DeepSpeedEngine:
     """What `TorchEngine` is, over ranks: gradients are summed over all of them, and ZeRO shares out what they hold.
 
-    The UNet is cast to ``model.dtype``; with bf16 and fp16 the optimizer steps float32 master weights.
+    ``parts`` are those with trained weights, by name; ZeRO 3 is for the UNet alone. They are cast to ``model.dtype``; with
+    bf16 and fp16 the optimizer steps float32 master weights.
 
     Raises:
         RunFailed: DeepSpeed refuses the configuration.
@@ -134,7 +147,7 @@ class DeepSpeedEngine:
 
     def __init__(
         self,
-        unet: torch.nn.Module,
+        parts: dict[str, torch.nn.Module],
         parameters: dict[str, torch.nn.Parameter],
         config: Config,
         device: torch.device,
@@ -152,6 +165,7 @@ class DeepSpeedEngine:
                 address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo", init_method=address, rank=0, world_size=1)
             os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed looks for it
+        unet = parts["unet"]
         self.unet, self.parameters, self.ranks = unet, parameters, ranks
         self.stage, self.dtype = config.engine.zero_stage, config.model.dtype
         self.max_grad_norm = config.optimizer.max_grad_norm
@@ -164,7 +178,7 @@ class DeepSpeedEngine:
                 p.data = p.data.clone(memory_format=torch.contiguous_format)
         try:
             self.model, *_ = deepspeed.initialize(
-                model=unet,
+                model=unet if len(parts) == 1 else _Together(parts),
                 optimizer=build_optimizer(config.optimizer, list(parameters.values())),
                 config=settings,
                 dist_init_required=False,
