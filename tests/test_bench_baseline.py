@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fastloop.advantages import finish
-from fastloop.rollout import Trajectories, gather_scores
+from fastloop.rollout import Texts, Trajectories, gather_scores
 from fastloop.trainer import Trainer
 
 PPO = {"algorithm": "ppo", "images_per_prompt": 1, "prompts_per_step": 4, "clip_range": 1e-3}
@@ -57,8 +57,8 @@ def test_losses_and_gradients_agree_on_the_same_data(pair):
     trainer, baseline, trajectories = pair
     i, step = (index.flatten() for index in torch.meshgrid(torch.arange(4), torch.arange(4), indexing="ij"))
     advantages = torch.tensor([1.5, -0.7, 0.2, -5.0])
-    cond, uncond = trainer.denoiser.encode(trajectories.prompts, trainer.config.sampling)
-    terms, ours, _ = trainer._loss(trajectories, advantages, torch.stack([i, step], 1), cond, uncond, torch.arange(4))
+    own = Texts(trainer.denoiser, trajectories.prompts, trainer.config.sampling)
+    terms, ours, _ = trainer._loss(trajectories, advantages, torch.stack([i, step], 1), own)
     text = {name: value[i] for name, value in baseline.encode(trajectories.prompts).items()}
     theirs, logged = baseline.loss(
         trajectories.latents[step, i],
@@ -85,10 +85,10 @@ def test_a_step_that_the_baseline_samples_has_the_log_prob_that_fastloop_gives_i
     samples = baseline.sample(prompts)
     latents, log_probs = samples["latents"].transpose(0, 1), samples["log_probs"].T
     replayed = Trajectories(latents, log_probs, prompts, torch.arange(4), samples["images"])
-    cond, uncond = trainer.denoiser.encode(prompts, trainer.config.sampling)
+    text = Texts(trainer.denoiser, prompts, trainer.config.sampling)
     for step in range(4):
         at = torch.stack([torch.arange(4), torch.full((4,), step)], 1)
-        terms, *_ = trainer._loss(replayed, torch.zeros(4), at, cond, uncond, torch.arange(4))
+        terms, *_ = trainer._loss(replayed, torch.zeros(4), at, text)
         torch.testing.assert_close(terms.log_prob, log_probs[step], rtol=1e-5, atol=1e-5)
 
 
