@@ -47,8 +47,11 @@ def environment() -> dict[str, str]:
 
 
 def launch(ranks: int, *args, code: int = 0, timeout: float = 400) -> subprocess.CompletedProcess:
-    done = subprocess.run(command(ranks, *args), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=timeout)
+    start = command(ranks, *args)
+    done = subprocess.run(start, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=timeout)
     assert done.returncode == code, done.stdout[-3000:] + done.stderr[-3000:]
+    port = start[start.index("--master_port") + 1]
+    assert not list(Path("/dev/shm").glob(f"deepspeed_*_{port}_*"))  # which DeepSpeed leaves behind
     return done
 
 

@@ -185,12 +185,21 @@ class DeepSpeedEngine:
             )
         except (ValueError, AssertionError, RuntimeError) as error:
             raise RunFailed(f"DeepSpeed: {' '.join(str(error).split())[:300]}") from error
+        if device.type == "cpu":
+            self._unlink_shared_memory()
         if self.stage < 3:
             for p in unet.parameters():
                 if p.dim() == 4 and not p.requires_grad:
                     p.data = p.data.clone(memory_format=torch.channels_last)
         for name, value in start.items():  # it made them from the rounded weights
             self._set_master(parameters[name], value)
+
+    def _unlink_shared_memory(self) -> None:
+        """Of the buffers that its ranks on CPUs exchange through, 64 MiB each: DeepSpeed would leave them behind for good."""
+        self.ranks.wait()  # until all have them open: from then on the names are not needed
+        address, port = (os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
+        name = f"deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{self.ranks.rank}"
+        (Path("/dev/shm") / name).unlink(missing_ok=True)
 
     @property
     def _has_masters(self) -> bool:
