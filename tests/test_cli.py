@@ -229,6 +229,20 @@ def test_report_makes_the_page_anew(trained, capsys):
     assert "<html" in (trained / "report.html").read_text()
 
 
+def test_automatic_batches_are_said_kept_and_good_for_sample_and_eval_too(recipe, capsys):
+    auto = [f"memory.{name}_batch=auto" for name in ("rollout", "update", "vae")]
+    assert main(["train", recipe, *auto]) == 0
+    said = re.search(r"of (\d+) pairs, each in 1 micro-batch of at most (\d+)$", capsys.readouterr().out, re.M)
+    assert said[1] == said[2]  # there is room for all
+    assert set(yaml.safe_load(Path("run/config.yaml").read_text())["memory"].values()) >= {6, int(said[2])}
+    for source in (recipe, "run"):
+        assert main(["eval", source]) == 0
+        plain = capsys.readouterr().out
+        assert main(["eval", source, auto[0]]) == 0
+        assert capsys.readouterr().out == plain
+    assert main(["sample", "run", "--prompt", "cat", "--images", "1", auto[0]]) == 0
+
+
 def test_no_training_picture_shares_its_noise_with_an_evaluation():
     assert all((EVAL_STREAM | seed) >= 2**32 for seed in (0, 7, 2**32 - 1))  # training seeds are below
 
