@@ -35,7 +35,7 @@ from fastloop.ranks import Ranks
 
 FILL = 0.9  # of the free memory that automatic batches may fill; the rest is for what is not traced
 MOST, MOST_PICTURES = 64, 16  # larger batches are not faster
-TRACED = (2, 3)  # the batches of the two traces from which those of any other follow
+TRACED = (2, 3)  # the batches to trace where any may be asked for
 
 
 class LiveBytes(TorchDispatchMode):
@@ -82,30 +82,35 @@ class LiveBytes(TorchDispatchMode):
         self.history.append(self.now)
 
 
-@dataclass(frozen=True)
 class Phase:
-    """Bytes that a phase has alive after each change, of a batch of b: ``fixed + b * each``, float64."""
+    """Bytes that a phase of an iteration has alive, of a batch of b, while ``compute(b)`` runs on fake tensors.
 
-    fixed: np.ndarray
-    each: np.ndarray
+    A trace takes seconds for a large model. So the first two batches asked for are traced, and any other follows from them:
+    the operators are the same at any batch, and a line goes through each moment.
+    """
 
-    @classmethod
-    def trace(cls, compute: Callable[[int], None]) -> Phase:
-        """Runs a phase at two batches. Its operators are the same at any batch, so one line goes through each moment."""
-        histories = []
-        for batch in TRACED:
-            with LiveBytes() as live:
-                compute(batch)
-            histories.append(np.array(live.history, np.float64))
-        few, many = histories
-        if len(few) != len(many):  # else: only that the peak grows with the batch
-            few, many = (np.array([history.max()]) for history in histories)
-        each = (many - few) / (TRACED[1] - TRACED[0])
-        return cls(few - TRACED[0] * each, each)
+    def __init__(self, compute: Callable[[int], None], fake: FakeTensorMode) -> None:
+        self._compute, self._fake = compute, fake
+        self._histories: dict[int, np.ndarray] = {}  # by batch: bytes after each change, float64
+
+    def trace(self, *batches: int) -> Phase:
+        """Makes these the batches that are traced, unless others are already."""
+        for batch in batches[: 2 - len(self._histories)]:
+            with self._fake, LiveBytes() as live:
+                self._compute(batch)
+            self._histories[batch] = np.array(live.history, np.float64)
+        return self
 
     def peak(self, batch: int) -> int:
         """Bytes at most."""
-        return max(0, int((self.fixed + batch * self.each).max()))
+        if batch not in self._histories:
+            self.trace(batch)
+        if batch in self._histories:
+            return int(self._histories[batch].max())
+        (few, before), (many, after) = self._histories.items()
+        if len(before) != len(after):  # else: only that the peak grows with the batch
+            before, after = (history.max(keepdims=True) for history in (before, after))
+        return max(0, int((before + (batch - few) / (many - few) * (after - before)).max()))
 
     def largest(self, budget: float, cap: int) -> int:
         """The largest batch up to ``cap`` that stays within a budget of bytes; 0 where not even one does."""
@@ -113,7 +118,7 @@ class Phase:
 
 
 class Traced:
-    """The phases of an iteration of a configuration, traced once on the skeleton, which then holds fake tensors.
+    """The phases of an iteration of a configuration, traced on the skeleton, which then holds fake tensors.
 
     Args:
         accumulates: whether updates have more than one micro-batch, so that gradients are there when one begins.
@@ -153,14 +158,14 @@ class Traced:
                 for p in skeleton.trainable().values():
                     p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
             self.encode = self._encode()
-            self.rollout = Phase.trace(self._rollout)
-            self.decode = Phase.trace(self._decode)
-        self.update = self.trace_update()
+        self.rollout, self.decode = Phase(self._rollout, self.fake), Phase(self._decode, self.fake)
+        self.update = self.new_update()
 
-    def trace_update(self) -> Phase:
+    def new_update(self) -> Phase:
         """The forward and backward of one micro-batch, with the gradients that it leaves, and finds if not the first."""
-        with self.fake:
-            return Phase.trace(self._update)
+        update = Phase(self._update, self.fake)
+        # else a trace of 64 pairs would run the text encoders 64 times
+        return update.trace(*TRACED) if self.denoiser.trains_text else update
 
     def activations(self, batch: int) -> int:
         """Bytes of an update of so many pairs at most, without the gradients."""
@@ -425,6 +430,8 @@ def choose(
     Raises:
         UserError: not even a batch of one fits.
     """
+    for phase in (traced.rollout, traced.update, traced.decode):
+        phase.trace(*TRACED)
     ones = estimate(config, traced, prompts, pairs, ranks.world, on_gpu, (1, 1, 1))
     share = -(-config.images_per_rollout // ranks.world)
     limits = {"rollout": share, "update": -(-pairs // ranks.world), "decode": min(share, MOST_PICTURES)}

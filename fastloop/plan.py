@@ -310,7 +310,7 @@ def _memory_lines(config: Config, checked: Checked, ranks: int, on_gpu: bool) ->
     own = traced.update
     for choice in (False, True):
         getattr(checked.skeleton.unet, f"{'enable' if choice else 'disable'}_gradient_checkpointing")()
-        traced.update = own if config.memory.gradient_checkpointing is choice else traced.trace_update()
+        traced.update = own if config.memory.gradient_checkpointing is choice else traced.new_update()
         lines.append(f"  {str(choice).lower():<26}{size_text(traced.activations(batch)):>12}")
     return lines
 
