@@ -99,7 +99,6 @@ def one_level(tmp_path_factory) -> str:
     return make_sd(tmp_path_factory.mktemp("sd"), block_out_channels=(8,), **blocks)
 
 
-BF16 = {"safety": {"max_ratio_dev": 1e-3}}  # rounding of half precision: docs/method.md
 KL_AND_AVERAGE = {"kl": {"weight": 1e-3}, "ema": {"decay": 0.5}}
 
 
@@ -111,7 +110,7 @@ KL_AND_AVERAGE = {"kl": {"weight": 1e-3}, "ema": {"decay": 0.5}}
         ({"compile": True}, {"memory": {"gradient_checkpointing": ["mid_block"]}} | KL_AND_AVERAGE, True),
         (
             {"compile": True, "adapter": "full", "dtype": "bf16"},
-            {"memory": {"gradient_checkpointing": True}} | KL_AND_AVERAGE | BF16,
+            {"memory": {"gradient_checkpointing": True}} | KL_AND_AVERAGE,
             True,
         ),
     ],
@@ -165,6 +164,23 @@ def saved(folder: Path) -> dict[str, torch.Tensor]:
     """All tensors of a run's last checkpoint and of its export, by file and name."""
     files = [*folder.glob("checkpoints/iteration-000002/*.safetensors"), *folder.glob("export/**/*.safetensors")]
     return {f"{file.relative_to(folder)}:{name}": value for file in files for name, value in load_file(file).items()}
+
+
+@compiler
+def test_compiled_half_precision_rounds_alike_with_gradients_and_without(make_config, one_level):
+    """Left to itself the compiler fuses roundings away, others with gradients than without."""
+    config = make_config(model={"path": one_level, "dtype": "bf16", "compile": "regional"})
+    denoiser = load_denoiser(config.model, CPU)
+    denoiser.train_adapter(False, seed=0)
+    forget()
+    denoiser.compile([4])
+    x, t = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([10, 300, 500, 900])
+    text = denoiser.encode(["a cat", "a dog", "a bee", "a fox"], config.sampling)
+    with_gradients = denoiser.predict(x, t, *text)[0]
+    with torch.no_grad():
+        without = denoiser.predict(x, t, *text)[0]
+    assert with_gradients.requires_grad and counters["stats"]["unique_graphs"] >= 2
+    assert (with_gradients != without).float().mean() < 0.01
 
 
 @compiler
