@@ -17,7 +17,7 @@ from fastloop.machine import versions
 from fastloop.tracking import read_rows, replace_text
 
 # What may change between the two halves of a run; everything else would make it another run.
-MAY_CHANGE = ("iterations", "output_dir", "checkpoint", "tracking", "safety", "engine")
+MAY_CHANGE = ("iterations", "output_dir", "checkpoint", "tracking", "safety", "engine", "model.compile")
 
 
 def claim_run_dir(config: Config, resume: bool) -> tuple[Path, Path | None, bool]:

@@ -69,18 +69,17 @@ def make_text_config(tokenizer, hidden: int = 16, layers: int = 1, projection: i
 
 
 def make_unet(sample_size: int, **kwargs) -> UNet2DConditionModel:
-    return UNet2DConditionModel(
-        sample_size=sample_size,
-        in_channels=4,
-        out_channels=4,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        attention_head_dim=2,
-        norm_num_groups=4,
-        **kwargs,
-    )
+    values = {
+        "in_channels": 4,
+        "out_channels": 4,
+        "block_out_channels": (8, 16),
+        "layers_per_block": 1,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        "attention_head_dim": 2,
+        "norm_num_groups": 4,
+    }
+    return UNet2DConditionModel(sample_size=sample_size, **values | kwargs)
 
 
 def make_vae(sample_size: int, **kwargs) -> AutoencoderKL:
@@ -95,14 +94,14 @@ def make_vae(sample_size: int, **kwargs) -> AutoencoderKL:
     )
 
 
-def make_sd(folder, prediction: str = "epsilon", scheduler=DDIMScheduler, sample_size: int = 8) -> str:
+def make_sd(folder, prediction: str = "epsilon", scheduler=DDIMScheduler, sample_size: int = 8, **of_unet) -> str:
     """A tiny random StableDiffusionPipeline of 16 px pictures saved to a folder, as diffusers saves it."""
     torch.manual_seed(0)
     tokenizer = make_tokenizer()
     clip = {"clip_sample": False} if scheduler is DDIMScheduler else {"skip_prk_steps": True}
     StableDiffusionPipeline(
         text_encoder=CLIPTextModel(make_text_config(tokenizer)),
-        unet=make_unet(sample_size, cross_attention_dim=16),
+        unet=make_unet(sample_size, cross_attention_dim=16, **of_unet),
         vae=make_vae(sample_size),
         tokenizer=tokenizer,
         scheduler=scheduler(prediction_type=prediction, set_alpha_to_one=False, **SETTINGS, **clip),

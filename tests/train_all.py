@@ -1,7 +1,8 @@
 """A launcher's script for the tests: trains one configuration after the other, so that Python starts once for all of them.
 
 deepspeed tests/train_all.py CONFIGS.json, a list of configurations. With "resume": FOLDER it goes on with a copy of that run
-as it was when its first iteration was saved, and writes resumed.json. Every rank writes the trajectories of its last rollout.
+as it was when its first iteration was saved, and writes resumed.json. Every rank writes the trajectories of its last rollout,
+and with model.compile its counts; "traced": true has graphs run as they are traced.
 """
 
 import json
@@ -24,7 +25,15 @@ with Ranks.join() as ranks, open(sys.argv[-1]) as file:
             later = [f"iteration-{i:06d}" for i in range(2, 10)]
             shutil.copytree(resume, values["output_dir"], ignore=shutil.ignore_patterns(*later, "export", "trajectories-*"))
         ranks.wait()
-        trainer = Trainer(parse_config(values, "test"), resume is not None, ranks)
+        kind, traced = Trainer, values.pop("traced", False)
+        if values["model"].get("compile"):
+            from compile_counts import Counting as kind
+            from compile_counts import compile_as_traced, forget
+
+            if not resume:
+                forget()
+            torch.compile = compile_as_traced if traced else compile_as_traced.func
+        trainer = kind(parse_config(values, "test"), resume is not None, ranks)
         rollout = trainer._rollout
 
         def kept(*args, rollout=rollout, trainer=trainer):
@@ -36,3 +45,5 @@ with Ranks.join() as ranks, open(sys.argv[-1]) as file:
         if resume and ranks.main:
             (trainer.folder / "resumed.json").write_text(json.dumps([trainer.iteration, trainer.not_carried_over]))
         trainer.train()
+        if kind is not Trainer:
+            (trainer.folder / f"counts-{ranks.rank}.json").write_text(json.dumps(trainer.counts))

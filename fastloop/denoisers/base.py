@@ -31,6 +31,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ADAPTER = "default"
 TEXT_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]  # of CLIP's attention
 CACHED_PROMPTS = 4096
+MOST_COMPILED = 128  # graphs of one piece of code
 
 
 class FlashAttention(AttnProcessor2_0):
@@ -309,10 +310,14 @@ class Denoiser:
         its last row, and drops what comes of them: nothing is compiled again for the last batch of a rollout or an update.
         """
         self._compiled_batches = sorted(set(batches))
-        if self.config.compile == "regional":
-            self.unet.compile_repeated_blocks(dynamic=False)
-        else:
-            self.unet.compile(dynamic=False)
+        # One code for each width and size of a block, micro-batch, and with and without gradients or adapters: 22 in a run
+        # of SD's four widths. After 8 PyTorch would go on uncompiled, with no more than a warning.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_COMPILED)
+        # In half precision every operator rounds, as in eager code: fused ones leave roundings out, and not the same ones
+        # with gradients as without, which alone would move ratios past the clip range.
+        options = None if self.config.dtype == "fp32" else {"emulate_precision_casts": True}
+        compile_ = self.unet.compile_repeated_blocks if self.config.compile == "regional" else self.unet.compile
+        compile_(dynamic=False, options=options)
 
     def offload_frozen(self) -> None:
         """From now on what is not trained of text encoders and VAE is on the device only while it computes.
