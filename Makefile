@@ -10,7 +10,7 @@ demo: $(VENV)/.installed  ## fine-tune the bundled model with LOOP: about 8 minu
 	$(VENV)/bin/fastloop train configs/shapes_demo.yaml --resume
 
 test: lint  ## what CI runs
-	$(VENV)/bin/pytest -n 2 --dist loadfile
+	$(VENV)/bin/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .

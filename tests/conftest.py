@@ -30,6 +30,15 @@ from fastloop.config import parse_config
 from fastloop.denoisers import ASSETS
 
 torch.set_num_threads(1)
+SLOWEST = ("test_deepspeed.py", "test_plan.py", "test_compile.py", "test_text_lora.py", "test_sdxl.py", "test_memory.py")
+
+
+def pytest_collection_modifyitems(items) -> None:
+    """The files that take longest come first, so that several processes end at about the same time."""
+    order = {name: i for i, name in enumerate(SLOWEST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
+
+
 BENCH = Path(__file__).resolve().parent.parent / "bench"
 
 
