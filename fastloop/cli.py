@@ -176,21 +176,22 @@ def _load(args: argparse.Namespace):
         return denoiser
 
     path = Path(args.config)
-    if path.is_dir():
+    of_run = path.is_dir()
+    if of_run:
         values = read_run_config(path).model_dump(mode="json")
         config = parse_config(apply_overrides(values, args.overrides), f"{path / 'config.yaml'}")
     else:
         config = load_config(path, args.overrides)
     check_device(config)
     found = list_checkpoints(path / "checkpoints")
-    if path.is_dir() and not found:
+    if of_run and not found:
         raise UserError(f"{path} has no checkpoint yet: give the config file to use the base model")
     if config.memory.automatic:
         checked = check(config)
         config = checked.config
         checked.rewards.close()
         checked.eval_rewards.close()
-    if not path.is_dir():
+    if not of_run:
         return config, base
 
     def load():

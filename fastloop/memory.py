@@ -158,14 +158,17 @@ class Traced:
                 for p in skeleton.trainable().values():
                     p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
             self.encode = self._encode()
-        self.rollout, self.decode = Phase(self._rollout, self.fake), Phase(self._decode, self.fake)
+        self.rollout, self.decode = self._phase(self._rollout), Phase(self._decode, self.fake)
         self.update = self.new_update()
 
     def new_update(self) -> Phase:
         """The forward and backward of one micro-batch, with the gradients that it leaves, and finds if not the first."""
-        update = Phase(self._update, self.fake)
-        # else a trace of 64 pairs would run the text encoders 64 times
-        return update.trace(*TRACED) if self.denoiser.trains_text else update
+        return self._phase(self._update)
+
+    def _phase(self, compute: Callable[[int], None]) -> Phase:
+        phase = Phase(compute, self.fake)
+        # else a trace of 64 rows would run the text encoders 64 times
+        return phase.trace(*TRACED) if self.denoiser.trains_text else phase
 
     def activations(self, batch: int) -> int:
         """Bytes of an update of so many pairs at most, without the gradients."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import make_unet
 from diffusers import UNet2DConditionModel
 from diffusers.models.activations import GEGLU
 from diffusers.models.resnet import ResnetBlock2D
@@ -209,21 +210,7 @@ def test_what_the_kernels_would_read_wrongly_is_refused(call, says):
 
 def tiny_unet(**changes) -> UNet2DConditionModel:
     torch.manual_seed(0)
-    return UNet2DConditionModel(
-        **{
-            "sample_size": 4,
-            "in_channels": 4,
-            "out_channels": 4,
-            "block_out_channels": (8, 16),
-            "layers_per_block": 1,
-            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
-            "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-            "attention_head_dim": 2,
-            "cross_attention_dim": 16,
-            "norm_num_groups": 4,
-        }
-        | changes
-    ).to(DEVICE)
+    return make_unet(4, cross_attention_dim=16, **changes).to(DEVICE)
 
 
 def step(unet):

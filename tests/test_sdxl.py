@@ -269,6 +269,21 @@ def test_the_plan_counts_both_text_encoders_and_what_a_real_forward_keeps(make_c
 
 FULL = {"adapter": "full"}
 FEW = {"every": 9, "images_per_prompt": 1, "grid": 1, "prompts": {"source": "animals", "limit": 1}}
+ON_RANKS = {  # a run of two iterations, but for its model
+    "prompts": {"source": "animals"},
+    "rewards": [{"name": "jpeg_incompressibility"}],
+    "eval": FEW,
+    "sampling": {"steps": 4, "guidance_scale": 2.0},
+    "prompts_per_step": 3,
+    "images_per_prompt": 2,
+    "memory": {"rollout_batch": 3, "update_batch": 3, "vae_batch": 4},
+    "optimizer": {"lr": 1e-2},
+    "clip_range": 1e-2,
+    "tracking": {"tensorboard": False},
+    "checkpoint": {"every": 1, "keep": 9},
+    "iterations": 2,
+}
+SHARED = ("sampling", "prompts_per_step", "images_per_prompt", "memory", "optimizer", "clip_range", "checkpoint")
 
 
 @pytest.fixture
@@ -352,21 +367,7 @@ def test_an_export_in_half_precision_holds_the_rounded_weights_and_leaves_the_tr
 
 @pytest.mark.timeout(600)
 def test_deepspeed_trains_lora_and_full_on_two_ranks_and_on_one_and_resumes_exactly(make_run, tiny_sdxl, tmp_path) -> None:
-    base = {
-        "model": {"path": tiny_sdxl, "lora": {"rank": 2}},
-        "prompts": {"source": "animals"},
-        "rewards": [{"name": "jpeg_incompressibility"}],
-        "eval": FEW,
-        "sampling": {"steps": 4, "guidance_scale": 2.0},
-        "prompts_per_step": 3,
-        "images_per_prompt": 2,
-        "memory": {"rollout_batch": 3, "update_batch": 3, "vae_batch": 4},
-        "optimizer": {"lr": 1e-2},
-        "clip_range": 1e-2,
-        "tracking": {"tensorboard": False},
-        "checkpoint": {"every": 1, "keep": 9},
-        "iterations": 2,
-    }
+    base = {**ON_RANKS, "model": {"path": tiny_sdxl, "lora": {"rank": 2}}}
     full = {**base, **zero(3), "model": {**base["model"], **FULL}}
     one, *two = (
         {**values, "output_dir": str(tmp_path / name), **more}
@@ -381,9 +382,7 @@ def test_deepspeed_trains_lora_and_full_on_two_ranks_and_on_one_and_resumes_exac
     alone = [sys.executable, "tests/train_all.py", str(tmp_path / "one.json")]
     subprocess.run(alone, cwd=ROOT, env=environment(), check=True, capture_output=True)
     train_all(tmp_path, 2, two)
-    same = {
-        key: base[key] for key in ("sampling", "prompts_per_step", "images_per_prompt", "memory", "optimizer", "checkpoint")
-    }
+    same = {key: ON_RANKS[key] for key in SHARED}
     for adapter, names in (("lora", ("one", "lora")), ("full", ("full",))):
         wanted = make_run(f"torch-{adapter}", model={"adapter": adapter}, **same).folder
         for name in names:

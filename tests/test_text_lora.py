@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from test_deepspeed import distance, equal, train_all, weights, zero
 from test_sd import stock as stock_sd
-from test_sdxl import levels, pictures, stock, stock_run
+from test_sdxl import FEW, ON_RANKS, SHARED, levels, pictures, stock, stock_run
 
 from fastloop import kernels
 from fastloop.config import ModelConfig, SamplingConfig
@@ -22,7 +22,6 @@ from fastloop.trainer import Trainer
 
 CPU = torch.device("cpu")
 TEXT = {"lora": {"rank": 2, "text_encoders": True}}
-FEW = {"every": 9, "images_per_prompt": 1, "grid": 1, "prompts": {"source": "animals", "limit": 1}}
 
 
 @pytest.fixture(params=["tiny_sd", "tiny_sdxl"])
@@ -214,21 +213,7 @@ def test_what_does_not_go_together_is_refused(make_config, changes, says):
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("path", ["tiny_sdxl"], indirect=True)
 def test_deepspeed_trains_them_as_the_plain_engine_does(make_run, path, tmp_path):
-    base = {
-        "model": {"path": path, **TEXT},
-        "prompts": {"source": "animals"},
-        "rewards": [{"name": "jpeg_incompressibility"}],
-        "eval": FEW,
-        "sampling": {"steps": 4, "guidance_scale": 2.0},
-        "prompts_per_step": 3,
-        "images_per_prompt": 2,
-        "memory": {"rollout_batch": 3, "update_batch": 3, "vae_batch": 4},
-        "optimizer": {"lr": 1e-2},
-        "clip_range": 1e-2,
-        "tracking": {"tensorboard": False},
-        "checkpoint": {"every": 1, "keep": 9},
-        "iterations": 2,
-    }
+    base = {**ON_RANKS, "model": {"path": path, **TEXT}}
     two, bf16 = base | zero(2), base | zero(1) | {"model": {**base["model"], "dtype": "bf16"}}
     runs = [
         two | {"output_dir": str(tmp_path / "two")},
@@ -237,8 +222,7 @@ def test_deepspeed_trains_them_as_the_plain_engine_does(make_run, path, tmp_path
         bf16 | {"output_dir": str(tmp_path / "bf16"), "safety": {"max_ratio_dev": 1e-3}},
     ]
     train_all(tmp_path, 2, runs)
-    keys = ("sampling", "prompts_per_step", "images_per_prompt", "memory", "optimizer", "clip_range", "checkpoint")
-    wanted = make_run("torch", **{key: base[key] for key in keys}).folder
+    wanted = make_run("torch", **{key: ON_RANKS[key] for key in SHARED}).folder
     for name in ("two", "zero"):
         assert equal(weights(tmp_path / name, 0), weights(wanted, 0))
         assert distance(weights(tmp_path / name), weights(wanted), weights(wanted, 0)) < 1e-3
