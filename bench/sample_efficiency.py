@@ -227,7 +227,7 @@ def summarize(configs: list[Config]) -> dict:
             }
             for name in evaluations[0][0]["categories"]
         },
-        "watched": {name: float(np.mean([row[name] for rows in metrics for row in rows])) for name in WATCHED},
+        "watched": {name: float(np.mean([row[name] for rows in metrics for row in rows if name in row])) for name in WATCHED},
     }
 
 

@@ -1,4 +1,9 @@
-"""Rewards to advantages. Pure functions of the rewards of one rollout, float32 (P, K): P prompts, K images of each."""
+"""Rewards to advantages. Pure functions of the rewards of one rollout, float64 (P, K): P prompts, K images of each.
+
+Rewards are first taken relative to one of them, in float64: equal ones then give exactly 0, and a large constant in them takes
+no digits from their differences. (The rounded mean of equal values need not be that value, and an optimizer that divides by the
+gradient's own size would train on the rest.) `finish` gives float32, which the loss takes.
+"""
 
 from __future__ import annotations
 
@@ -11,29 +16,35 @@ EPSILON = 1e-4  # beside a standard deviation, as in DanceGRPO and Flow-GRPO
 
 def leave_one_out(rewards: torch.Tensor) -> torch.Tensor:
     """A_i = r_i - mean of the other K - 1 rewards of its prompt; sums to zero in each group (LOOP, RLOO)."""
-    k = rewards.shape[1]
-    return (rewards - rewards.mean(1, keepdim=True)) * (k / (k - 1))
+    k, relative = rewards.shape[1], _relative_in_groups(rewards)
+    return (relative - relative.mean(1, keepdim=True)) * (k / (k - 1))
 
 
 def group_norm(rewards: torch.Tensor) -> torch.Tensor:
     """A_i = (r_i - group mean) / (group std + 1e-4), the std with K in its denominator (GRPO)."""
-    deviation = rewards - rewards.mean(1, keepdim=True)
-    return deviation / (rewards.std(1, correction=0, keepdim=True) + EPSILON)
+    relative = _relative_in_groups(rewards)
+    return (relative - relative.mean(1, keepdim=True)) / (relative.std(1, correction=0, keepdim=True) + EPSILON)
 
 
 def batch_norm(rewards: torch.Tensor) -> torch.Tensor:
     """A_i = (r_i - mean) / (std + 1e-4) over the whole rollout (DDPO without its tracker)."""
-    return (rewards - rewards.mean()) / (rewards.std(correction=0) + EPSILON)
+    relative = rewards - rewards[0, 0]
+    return (relative - relative.mean()) / (relative.std(correction=0) + EPSILON)
 
 
 def batch_mean(rewards: torch.Tensor) -> torch.Tensor:
     """A_i = r_i - mean over the whole rollout (REINFORCE with the simplest baseline)."""
-    return rewards - rewards.mean()
+    relative = rewards - rewards[0, 0]
+    return relative - relative.mean()
 
 
 def none(rewards: torch.Tensor) -> torch.Tensor:
     """A_i = r_i."""
     return rewards.clone()
+
+
+def _relative_in_groups(rewards: torch.Tensor) -> torch.Tensor:
+    return rewards - rewards[:, :1]
 
 
 class PromptTracker:
@@ -47,14 +58,15 @@ class PromptTracker:
         self.history: dict[str, deque[float]] = {}
 
     def __call__(self, prompts: list[str], rewards: torch.Tensor) -> torch.Tensor:
-        """Records the rewards (P, K) of P prompts and returns their advantages (P, K)."""
+        """Records the rewards, float64 (P, K), of P prompts and returns their advantages (P, K)."""
         for prompt, group in zip(prompts, rewards.tolist(), strict=True):
             self.history.setdefault(prompt, deque(maxlen=self.buffer)).extend(group)
         advantages = batch_norm(rewards)
         for i, prompt in enumerate(prompts):
             if len(self.history[prompt]) >= self.minimum:
-                seen = torch.tensor(list(self.history[prompt]), dtype=rewards.dtype)
-                advantages[i] = (rewards[i] - seen.mean()) / (seen.std(correction=0) + EPSILON)
+                first = rewards[i, 0]
+                seen = torch.tensor(list(self.history[prompt]), dtype=rewards.dtype) - first
+                advantages[i] = (rewards[i] - first - seen.mean()) / (seen.std(correction=0) + EPSILON)
         return advantages
 
     def state_dict(self) -> dict[str, list[float]]:
@@ -77,7 +89,7 @@ NEEDS_GROUPS = ("leave_one_out", "group_norm")
 
 
 def finish(advantages: torch.Tensor, clamp: float | None, normalize: bool) -> torch.Tensor:
-    """The optional global std, then the optional clamp to +-``clamp``."""
+    """The optional global std, then the optional clamp to +-``clamp``; float32."""
     if normalize:
         advantages = advantages / (advantages.std(correction=0) + EPSILON)
-    return advantages if clamp is None else advantages.clamp(-clamp, clamp)
+    return (advantages if clamp is None else advantages.clamp(-clamp, clamp)).float()

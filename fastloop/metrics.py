@@ -12,11 +12,11 @@ from fastloop.rewards import Scores
 
 
 def reward_metrics(rewards: torch.Tensor, scores: Scores, prompts: list[Prompt]) -> dict[str, float]:
-    """Of the rewards (P, K), their terms (N = P K) and the N prompts."""
-    metrics = {
+    """Of the rewards, float64 (P, K), their terms (N = P K) and the N prompts."""
+    metrics = {  # deviations of differences, so that equal rewards give exactly 0
         "reward/mean": rewards.mean().item(),
-        "reward/std": rewards.std(correction=0).item(),
-        "reward/group_std": rewards.std(1, correction=0).mean().item(),
+        "reward/std": (rewards - rewards[0, 0]).std(correction=0).item(),
+        "reward/group_std": (rewards - rewards[:, :1]).std(1, correction=0).mean().item(),
     }
     metrics |= {f"reward/{name}": float(values.mean()) for name, values in scores.terms.items()}
     categories = np.array([prompt.metadata.get("category") for prompt in prompts])

@@ -163,7 +163,7 @@ class Trainer:
                 scores = gather_scores(self.rewards, self.ranks, len(repeated))
                 scored = time.perf_counter()
                 # 3. rewards (P, K) to advantages (N,)
-                rewards = torch.tensor(scores.total, dtype=torch.float32).view(-1, config.images_per_prompt)
+                rewards = torch.from_numpy(scores.total).view(-1, config.images_per_prompt)
                 advantages = self._advantages([p.text for p in prompts], rewards).flatten().to(self.device)
                 # 4. the first replay must give ratio 1, then the updates
                 metrics = {}
@@ -223,7 +223,11 @@ class Trainer:
         return finish(advantages, self.config.advantage_clamp, self.config.normalize_advantages)
 
     def _update(self, trajectories: Trajectories, advantages: torch.Tensor) -> dict[str, float]:
-        """``updates_per_rollout`` optimizer steps over shuffled (trajectory, timestep) pairs."""
+        """``updates_per_rollout`` optimizer steps over shuffled (trajectory, timestep) pairs.
+
+        A pair whose advantage is 0 has no gradient, unless there is a KL, and is not run; an update of such pairs alone takes
+        no step. They still count in what an update averages over.
+        """
         config = self.config
         rng = np.random.default_rng([config.seed, self.iteration])
         lr = config.optimizer.lr_at(self.iteration, config.iterations)
@@ -234,27 +238,41 @@ class Trainer:
             pairs = shuffled_pairs(rng, len(advantages), self.steps_trained, config.timestep_fraction)
             updates += np.array_split(pairs, per_pass)
         n = len(advantages)
+        teaches = (advantages != 0).cpu().numpy() | (config.kl.weight > 0)
         advantages = advantages[self.ranks.padded(n)]  # as the trajectories here
         text = Texts(self.denoiser, trajectories.prompts, config.sampling)
-        norms, sums, deviations = [], [], []  # of each update
+        norms, sums, deviations, ran = [], [], [], []  # of each update that took a step
+        total = sum(map(len, updates))
+        skipped = total - sum(int(teaches[update[:, 0]].sum()) for update in updates)
         quiet = None if self.ranks.main else True  # None: only where there is a terminal
-        with tqdm(total=sum(map(len, updates)), desc="  update", leave=False, disable=quiet) as bar:
-            for number, update in enumerate(updates):
+        with tqdm(total=total - skipped, desc="  update", leave=False, disable=quiet) as bar:
+            for whole in updates:
+                update = whole[teaches[whole[:, 0]]]
+                if len(update) == 0:
+                    continue
                 batches = micro_batches(update, self.ranks, n, config.memory.update_batch)
-                seen = self._add_gradients(batches, len(update), trajectories, advantages, text, bar)
+                seen = self._add_gradients(batches, len(whole), trajectories, advantages, text, bar)
                 rows = seen.cpu().double().numpy()
                 of_ranks = self.ranks.gather(np.append(rows.sum(0), rows[:, DEVIATION].max()))
+                ran.append(len(update))
                 sums.append(of_ranks[:, :-1].sum(0))
                 deviations.append(float(of_ranks[:, -1].max()))
-                if number == 0:
+                if len(ran) == 1:
                     self._check_first_ratio(deviations[0])
                 norms.append(self._step(sums[-1][len(STATISTICS)]))
-        # in the first update the policy is still the old one: whether the clip binds shows in the later ones
-        later = slice(1, None) if len(updates) > 1 else slice(None)
-        high, low = (np.sum(sums[later], 0) / sum(map(len, updates[later])))[:2].tolist()
-        _, _, approx_kl, ratio, _, loss, *kl = (np.sum(sums, 0) / sum(map(len, updates))).tolist()
         metrics = {
-            "policy/loss": loss,
+            "policy/pairs_skipped": skipped,
+            "policy/grad_norm": float(np.mean([norm for norm in norms if norm is not None] or [0.0])),
+            "policy/lr": lr,
+            "policy/loss": sum(of_update[len(STATISTICS)] for of_update in sums) / total,
+        }
+        if not ran:
+            return metrics
+        # in the first update the policy is still the old one: whether the clip binds shows in the later ones
+        later = slice(1, None) if len(ran) > 1 else slice(None)
+        high, low = (np.sum(sums[later], 0) / sum(ran[later]))[:2].tolist()
+        _, _, approx_kl, ratio, _, _, *kl = (np.sum(sums, 0) / sum(ran)).tolist()
+        metrics |= {
             "policy/ratio_mean": ratio,
             "policy/ratio_max_dev": max(deviations),
             "policy/ratio_first_dev": deviations[0],
@@ -262,8 +280,6 @@ class Trainer:
             "policy/clipfrac_high": high,
             "policy/clipfrac_low": low,
             "policy/approx_kl": approx_kl,
-            "policy/grad_norm": float(np.mean([norm for norm in norms if norm is not None] or [0.0])),
-            "policy/lr": lr,
         }
         if config.kl.weight:
             metrics["policy/kl_reference"] = kl[0]
@@ -271,6 +287,9 @@ class Trainer:
 
     def _add_gradients(self, batches, pairs: int, trajectories, advantages, text, bar) -> torch.Tensor:
         """Adds up the gradients of an update's micro-batches; nothing in here waits for the device.
+
+        Args:
+            pairs: what the sum is divided by; those that are not run count too.
 
         Returns:
             Sums over each micro-batch, float32 (micro-batches, S), on the device: ``STATISTICS``, the loss, the KL.
@@ -385,7 +404,10 @@ class Trainer:
                 grouped and metrics["reward/group_std"] < safety.min_group_std,
                 "images of one prompt get the same reward",
             ),
-            "clipfrac": (clipped and metrics["policy/clipfrac"] > safety.max_clipfrac, "nearly every pair is clipped"),
+            "clipfrac": (
+                clipped and metrics.get("policy/clipfrac", 0.0) > safety.max_clipfrac,
+                "nearly every pair is clipped",
+            ),
             "entropy": (metrics["image/entropy"] < safety.min_image_entropy, "pictures go flat"),
             "saturation": (metrics["image/saturation"] > safety.max_image_saturation, "pictures are burnt out"),
             "held_out": (
@@ -416,10 +438,16 @@ class Trainer:
         self._paces.append(metrics["time/iteration"])
         left = self.config.iterations - self.iteration
         seconds_left = left * float(np.mean(self._paces)) + math.ceil(left / self.config.eval.every) * self._eval_seconds
+        if "policy/clipfrac" in metrics:
+            policy = (
+                f"clipped {metrics['policy/clipfrac']:.0%}  kl {metrics['policy/approx_kl']:.1e}  "
+                f"grad {metrics['policy/grad_norm']:.2g}"
+            )
+        else:
+            policy = "no update: every advantage is 0"
         print(
             f"[{self.iteration:>{len(str(self.config.iterations))}}/{self.config.iterations}] "
-            f"reward {metrics['reward/mean']:.3f}  clipped {metrics['policy/clipfrac']:.0%}  "
-            f"kl {metrics['policy/approx_kl']:.1e}  grad {metrics['policy/grad_norm']:.2g}  "
+            f"reward {metrics['reward/mean']:.3f}  {policy}  "
             f"{metrics['time/iteration']:.1f} s  {duration(seconds_left)} left",
             flush=True,
         )

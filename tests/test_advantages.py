@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fastloop.advantages import (
+    ADVANTAGES,
     EPSILON,
     PromptTracker,
     batch_mean,
@@ -18,7 +19,15 @@ from fastloop.advantages import (
 
 
 def rewards(p: int = 5, k: int = 4) -> torch.Tensor:
-    return torch.randn(p, k, generator=torch.Generator().manual_seed(p * 10 + k)) * 3 + 1
+    return torch.randn(p, k, generator=torch.Generator().manual_seed(p * 10 + k), dtype=torch.float64) * 3 + 1
+
+
+def advantages_of(name: str, of: torch.Tensor, history: int = 0) -> torch.Tensor:
+    """Finished advantages; those of the tracker after so many rollouts of the same rewards."""
+    tracker, prompts = PromptTracker(), [f"prompt {i}" for i in range(len(of))]
+    for _ in range(history):
+        tracker(prompts, of)
+    return finish(tracker(prompts, of) if name == "prompt_tracker" else ADVANTAGES[name](of), None, normalize=False)
 
 
 @pytest.mark.parametrize("k", [2, 3, 4, 7])
@@ -32,7 +41,7 @@ def test_leave_one_out_is_the_reward_less_the_mean_of_the_others(k):
 
 def test_leave_one_out_sums_to_zero_in_each_group_and_ignores_what_other_prompts_got():
     r = rewards()
-    assert torch.allclose(leave_one_out(r).sum(1), torch.zeros(5), atol=1e-5)
+    assert leave_one_out(r).sum(1).abs().max() < 1e-12
     moved = r.clone()
     moved[1:] += 100
     assert torch.equal(leave_one_out(moved)[0], leave_one_out(r)[0])
@@ -56,8 +65,24 @@ def test_group_norm_divides_by_the_group_std_with_k_in_its_denominator():
         assert torch.allclose(group_norm(r)[i], (r[i] - mean) / (std + EPSILON), atol=1e-5)
 
 
-def test_group_norm_of_equal_rewards_is_zero_and_finite():
-    assert torch.equal(group_norm(torch.full((2, 3), 7.0)), torch.zeros(2, 3))
+@pytest.mark.parametrize("name", [name for name in ADVANTAGES if name != "none"])
+@pytest.mark.parametrize("history", [0, 8])
+def test_equal_rewards_have_advantages_of_exactly_zero(name, history):
+    """The mean of equal numbers, rounded, need not be that number: 22.1 over twelve pictures is one that is not."""
+    for value in (22.1, 99.9, 0.1, -1e-9, 123456.789, 1e8 + 0.1):
+        for k in range(2, 14):
+            found = advantages_of(name, torch.full((3, k), value, dtype=torch.float64), history)
+            assert torch.equal(found, torch.zeros(3, k)), (value, k)
+            assert torch.equal(finish(found.double(), None, normalize=True), torch.zeros(3, k)), (value, k)
+
+
+@pytest.mark.parametrize("name", [name for name in ADVANTAGES if name != "none"])
+@pytest.mark.parametrize("offset", [1e3, 1e6, 1e8])
+def test_a_constant_in_the_rewards_takes_nothing_from_their_differences(name, offset):
+    for history in (0, 8):
+        expected = advantages_of(name, rewards(), history)
+        assert expected.abs().min() > 0 and expected.dtype == torch.float32
+        torch.testing.assert_close(advantages_of(name, rewards() + offset, history), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_batch_advantages_use_the_whole_rollout():
@@ -105,4 +130,4 @@ def test_finish_normalises_over_the_rollout_and_then_clamps():
     scaled = finish(a, None, True)
     assert scaled.std(correction=0).item() == pytest.approx(1, abs=1e-3)
     assert finish(a, 1.0, True).abs().max() == 1
-    assert finish(a, None, False) is a
+    assert torch.equal(finish(a, None, False), a)

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import io
+import itertools
 import sys
 import threading
 import time
 import types
+import warnings
 from contextlib import suppress
+from decimal import Decimal
+from fractions import Fraction
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from fastloop.cli import main
 from fastloop.config import PromptsConfig, RewardConfig
 from fastloop.errors import RunFailed, UserError
 from fastloop.prompts import Prompt, load_prompts
-from fastloop.rewards import REGISTRY, Rewards, _covered
+from fastloop.rewards import REGISTRY, Moments, Rewards, _covered
 from fastloop.shapes.checker import check
 from fastloop.shapes.grammar import CATEGORIES, all_requests, parse
 from fastloop.shapes.renderer import place, render
@@ -242,21 +247,142 @@ def test_a_reward_that_raises_stops_the_run_with_its_prompt_and_cause(make, posi
     )
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, None])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("position", [0, 2])
 def test_a_value_that_is_not_finite_stops_the_run_with_its_prompt(make, value, position):
     def score(images, prompts, metadata):
         return [value if row["n"] == position else 1.0 for row in metadata]
 
-    shown = np.nan if value is None else value
     assert failure(make("mine:score", score=score)) == (
-        f"reward mine:score returned {shown} for the prompt {CATS[position].text!r}"
+        f"reward mine:score returned {value} for the prompt {CATS[position].text!r}"
     )
 
 
-def test_a_value_that_is_no_number_stops_the_run_with_its_prompt(make):
-    rewards = make("mine:score", score=lambda images, prompts, metadata: ["7" if p != "a dog" else "?" for p in prompts])
-    assert failure(rewards).startswith("reward mine:score failed for the prompt 'a dog': ValueError: could not convert")
+NO_NUMBERS = {
+    "texts": (lambda n: ["7"] * n, "str"),
+    "a number and texts": (lambda n: [1.0] + ["7"] * (n - 1) if n > 1 else ["7"], "str"),
+    "an array of texts": (lambda n: np.array(["7"] * n), "str"),
+    "bytes": (lambda n: [b"7"] * n, "bytes"),
+    "nothing": (lambda n: [None] * n, "NoneType"),
+    "complex numbers": (lambda n: np.full(n, 1 + 0j), "complex128"),
+    "a complex tensor": (lambda n: torch.ones(n, dtype=torch.complex64), "complex64"),
+    "dates": (lambda n: np.full(n, np.datetime64("2026-01-01")), "datetime64"),
+    "times": (lambda n: np.full(n, np.timedelta64(5, "s")), "timedelta64"),
+    "decimals": (lambda n: [Decimal(1)] * n, "Decimal"),
+    "a dictionary": (lambda n: dict.fromkeys(range(n), 1.0), "dict"),
+    "a masked array": (lambda n: np.ma.array(np.ones(n), mask=[True] * n), "masked array"),
+}
+
+
+@pytest.mark.parametrize("case", NO_NUMBERS)
+def test_values_that_are_no_numbers_stop_the_run(make, case):
+    values, kind = NO_NUMBERS[case]
+    said = failure(make("mine:score", score=lambda images, prompts, metadata: values(len(images))))
+    assert said.startswith("reward mine:score failed for the prompt 'a cat': TypeError: it returned ")
+    assert kind in said and said.endswith(": return one number for each image")
+
+
+NUMBERS = {
+    "booleans": [True, False, True],
+    "whole numbers of any size": [2**70, 0, 1],
+    "fractions": [Fraction(1, 2), Fraction(1, 4), 1],
+    "scalars of NumPy": [np.float16(0.5), np.int8(-3), np.float64(2)],
+    "an array of float16": np.array([1, 2, 3], np.float16),
+    "a tensor of bfloat16": torch.tensor([1.0, 2, 3], dtype=torch.bfloat16),
+    "a tensor that carries a gradient": torch.nn.Parameter(torch.tensor([1.0, 2, 3])),
+    "a list of tensors": [torch.nn.Parameter(torch.tensor(1.0)), torch.tensor(2.0, dtype=torch.bfloat16), 3],
+}
+
+
+@pytest.mark.parametrize("case", NUMBERS)
+def test_numbers_of_every_kind_are_taken(make, case):
+    values = NUMBERS[case]
+    found = make("mine:score", score=lambda images, prompts, metadata: values).score(NOISE, CATS).total
+    assert found.dtype == np.float64
+    assert found.tolist() == [float(value.detach() if isinstance(value, torch.Tensor) else value) for value in values]
+
+
+def test_a_reward_that_fills_the_same_array_again_does_not_change_what_it_returned(make):
+    buffer, calls = np.zeros(3), itertools.count()
+
+    def score(images, prompts, metadata):
+        buffer[:] = next(calls)
+        return buffer
+
+    rewards = make("mine:score", score=score)
+    rewards.submit(NOISE, CATS)
+    rewards.submit(NOISE, CATS)
+    assert rewards.collect()["mine:score"].tolist() == [0, 0, 0, 1, 1, 1]
+
+
+# --- what a reward is given is its own --------------------------------------------------------------------------------
+
+
+def test_what_a_reward_does_to_its_arguments_reaches_nothing_else(make):
+    prompts = [Prompt(text, {"n": n, "objects": ["cup"]}) for n, text in enumerate(("a hen", "a dog", "a cat"))]
+    images, seen = NOISE.copy(), []
+
+    def vandal(images, prompts, metadata):
+        torch.from_numpy(images).zero_()  # past NumPy's flag
+        prompts.sort()
+        for row in metadata:
+            row.pop("n")
+            row["objects"].append("saucer")
+        return [0.0] * len(images)
+
+    def witness(images, prompts, metadata):
+        seen.append((images.copy(), list(prompts), metadata))
+        return [row["n"] for row in metadata]
+
+    rewards = make("mine:vandal", "mine:witness", vandal=vandal, witness=witness, prompts=prompts)
+    with warnings.catch_warnings(action="ignore"):  # PyTorch's own, of an array that is not to be written to
+        for _ in range(2):
+            assert rewards.score(images, prompts).terms["mine:witness"].tolist() == [0, 1, 2]
+    for pictures, texts, metadata in seen:
+        assert np.array_equal(pictures, NOISE) and texts == ["a hen", "a dog", "a cat"]
+        assert metadata == [{"n": n, "objects": ["cup"]} for n in range(3)]
+    assert np.array_equal(images, NOISE) and images.flags.writeable
+    assert [prompt.metadata for prompt in prompts] == [{"n": n, "objects": ["cup"]} for n in range(3)]
+
+
+def test_drawing_into_the_pictures_fails_loudly_with_the_remedy(make):
+    def score(images, prompts, metadata):
+        images[:, :2] = 0
+        return images.mean((1, 2, 3))
+
+    assert failure(make("mine:score", score=score)) == (
+        "reward mine:score failed for the prompt 'a cat': ValueError: assignment destination is read-only; the pictures are "
+        "not the reward's own: change a copy of them, images.copy()"
+    )
+
+
+def test_a_reward_that_explains_itself_cannot_draw_into_the_samples(make, monkeypatch):
+    class Drawing:
+        def __call__(self, images, prompts, metadata):
+            return [0.0] * len(images)
+
+        def explain(self, image, prompt):
+            image[:] = 0
+
+    monkeypatch.setitem(REGISTRY, "drawing", Drawing)
+    with pytest.raises(ValueError, match="read-only"):
+        make("drawing").explain(NOISE[0], "a cat")
+
+
+# --- normalisation ----------------------------------------------------------------------------------------------------
+
+
+def test_normalisation_of_equal_rewards_is_exactly_zero_and_a_constant_takes_nothing():
+    values = RNG.normal(size=12)
+    for offset in (0.0, 22.1, 1e6, 1e8):
+        equal, moved, plain = Moments(), Moments(), Moments()
+        for part in (slice(5), slice(5, 12)):
+            equal.add(np.full(7, offset + 0.1))
+            moved.add(values[part] + offset)
+            plain.add(values[part])
+        assert (equal.normalized(np.full(7, offset + 0.1)) == 0).all()
+        np.testing.assert_allclose(moved.normalized(values + offset), plain.normalized(values), atol=1e-6)
+        np.testing.assert_allclose(plain.normalized(values), (values - values.mean()) / values.std(), rtol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -139,7 +140,7 @@ def begin(trainer: Trainer):
     prompts = trainer.prompts.draw(0, config.prompts_per_step)
     repeated = [prompt for prompt in prompts for _ in range(config.images_per_prompt)]
     trajectories = trainer._rollout(repeated, torch.arange(len(repeated)))
-    rewards = torch.tensor(trainer.rewards.gather().total, dtype=torch.float32).view(-1, config.images_per_prompt)
+    rewards = torch.from_numpy(trainer.rewards.gather().total).view(-1, config.images_per_prompt)
     return trajectories, trainer._advantages([prompt.text for prompt in prompts], rewards).flatten()
 
 
@@ -335,6 +336,65 @@ def test_the_gradient_does_not_depend_on_the_micro_batch(make_trainer, tmp_path)
     for other in gradients[1:]:
         for name, gradient in other.items():
             torch.testing.assert_close(gradient, gradients[0][name], rtol=1e-4, atol=1e-5 * scale)
+
+
+def test_pairs_without_an_advantage_are_not_run_and_count_in_the_mean_all_the_same(make_trainer):
+    trainer = make_trainer(updates_per_rollout=3, passes_per_rollout=3, memory={"update_batch": 64})
+    initial = weights(trainer)
+    trajectories, _ = begin(trainer)
+    advantages = torch.tensor([0.0, 1.0, 0.0, 0.0, -2.0, 0.0])
+    batches, steps = record_pairs(trainer), record_steps(trainer)
+    row = trainer._update(trajectories, advantages)
+    assert [sorted(batch) for batch in batches] == 3 * [[(i, step) for i in (1, 4) for step in range(4)]]
+    assert row["policy/pairs_skipped"] == 3 * 4 * 4
+    expected, ratio = brute_force(trainer, trajectories, advantages, steps[-1].before, initial)
+    scale = max(gradient.abs().max().item() for gradient in expected.values())
+    for name, gradient in steps[-1].gradients.items():
+        torch.testing.assert_close(gradient.double(), expected[name], rtol=1e-3, atol=1e-4 * scale, msg=name)
+    ran = ratio.view(6, 4)[[1, 4]]  # statistics of ratios are of these
+    assert row["policy/ratio_max_dev"] == pytest.approx((ran - 1).abs().max().item(), rel=1e-3)
+
+
+def test_an_update_without_a_pair_to_run_takes_no_step_and_the_next_one_is_the_first(make_trainer, monkeypatch):
+    trainer = make_trainer(images_per_prompt=2, prompts_per_step=2, updates_per_rollout=2, ema={"decay": 0.5})
+    order = np.array([(i, step) for i in range(4) for step in range(4)])  # the first update: trajectories 0 and 1
+    monkeypatch.setattr("fastloop.trainer.shuffled_pairs", lambda *args: order)
+    trajectories, _ = begin(trainer)
+    steps = record_steps(trainer)
+    row = trainer._update(trajectories, torch.tensor([0.0, 0.0, 1.0, -1.0]))
+    assert len(steps) == 1 and row["policy/pairs_skipped"] == 8 and row["policy/grad_norm"] > 0
+    assert row["policy/ratio_first_dev"] == row["policy/ratio_max_dev"] < 1e-6
+
+
+def test_with_a_kl_every_pair_is_run(make_trainer):
+    trainer = make_trainer(kl={"weight": 0.1})
+    trajectories, _ = begin(trainer)
+    batches = record_pairs(trainer)
+    row = trainer._update(trajectories, torch.zeros(6))
+    assert sum(map(len, batches)) == 24 and row["policy/pairs_skipped"] == 0
+
+
+@pytest.mark.parametrize("algorithm", ["loop", "rloo", "ppo", "reinforce", "grpo"])
+def test_equal_rewards_leave_every_weight_as_it_was(train, algorithm, monkeypatch, capsys):
+    module = types.ModuleType("mine")
+    module.constant = lambda images, prompts, metadata: [123456.789] * len(images)
+    monkeypatch.setitem(sys.modules, "mine", module)
+    trainer = train(
+        algorithm=algorithm,
+        rewards=[{"name": "mine:constant"}],
+        eval={"every": 100, "prompts": {"source": "animals", "limit": 1}, "rewards": [{"name": "jpeg_compressibility"}]},
+        images_per_prompt=3,
+        normalize_advantages=True,
+        optimizer={"lr": 1.0, "weight_decay": 0.5},
+        ema={"decay": 0.5},
+    )
+    before, after = (load_file(path / "weights.safetensors") for path in sorted((trainer.folder / "checkpoints").iterdir()))
+    assert before.keys() == after.keys() and all(before[name].equal(after[name]) for name in before)
+    for row in metrics(trainer):
+        assert row["advantage/abs_mean"] == row["policy/grad_norm"] == row["reward/group_std"] == 0
+        assert row["policy/pairs_skipped"] == 9 * 4 and row["alarm/group_std"] == 1 and "policy/clipfrac" not in row
+    assert capsys.readouterr().out.count("no update: every advantage is 0") == 2
+    assert "policy" in write_report(trainer.folder).read_text()
 
 
 def test_the_engine_accumulates_clips_steps_and_clears(make_config):
@@ -882,8 +942,8 @@ def test_logged_advantages_are_those_of_the_logged_rewards(make_trainer):
     assert row["advantage/abs_mean"] == pytest.approx(advantages.abs().mean().item())
     assert row["advantage/std"] == pytest.approx(advantages.std(correction=0).item())
     assert row["advantage/abs_mean"] == pytest.approx(2 * row["reward/group_std"], rel=1e-4)  # K = 2: A = +- the difference
-    rewards = torch.tensor([[1.0, 3.0], [2.0, 2.0]])
-    assert trainer._advantages(["a", "b"], rewards).equal(leave_one_out(rewards))
+    rewards = torch.tensor([[1.0, 3.0], [2.0, 2.0]], dtype=torch.float64)
+    assert trainer._advantages(["a", "b"], rewards).equal(leave_one_out(rewards).float())
 
 
 def test_a_killed_run_goes_on_to_the_same_weights_bit_for_bit(straight, start, tmp_path, no_report):

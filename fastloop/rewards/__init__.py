@@ -1,7 +1,8 @@
 """Rewards: a registry, weighted sums, and workers that score one batch while the next is sampled.
 
 A reward is called as ``reward(images, prompts, metadata)`` with uint8 pictures (n, height, width, 3), n prompts and n
-metadata dictionaries, and returns n finite numbers; higher is better. It may have
+metadata dictionaries, and returns n finite numbers; higher is better. The pictures are read-only, and all that it is given is
+its own: nothing that it does to it reaches other rewards, metrics or saved samples. It may have
 
 - ``validate(prompts, size)``, called with all prompts and the pictures' (height, width) before any model loads, which
   raises ``ValueError`` for what it cannot score;
@@ -18,8 +19,10 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from copy import deepcopy
+from dataclasses import astuple, dataclass, field
 from functools import partial
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -60,13 +63,21 @@ class Scores:
 
 @dataclass
 class Moments:
-    """Count, mean and sum of squared deviations of all values seen (Chan's update of Welford's)."""
+    """Count, mean and sum of squared deviations of all values seen (Chan's update of Welford's).
+
+    Values and mean are relative to ``origin``, the first value seen: equal values then have no deviation at all, and a large
+    constant in them takes no digits from the rest.
+    """
 
     count: float = 0.0
     mean: float = 0.0
     squares: float = 0.0
+    origin: float = 0.0
 
     def add(self, values: np.ndarray) -> None:
+        if not self.count:
+            self.origin = float(values[0])
+        values = values - self.origin
         n, delta = len(values), float(values.mean()) - self.mean
         self.squares += float(((values - values.mean()) ** 2).sum()) + delta**2 * self.count * n / (self.count + n)
         self.mean += delta * n / (self.count + n)
@@ -74,7 +85,7 @@ class Moments:
 
     def normalized(self, values: np.ndarray) -> np.ndarray:
         """(values - mean) / std; 0 where all values seen are the same."""
-        return (values - self.mean) / ((self.squares / self.count) ** 0.5 + 1e-8)
+        return (values - self.origin - self.mean) / ((self.squares / self.count) ** 0.5 + 1e-8)
 
 
 @dataclass
@@ -204,7 +215,7 @@ class Rewards:
     def explain(self, image: np.ndarray, prompt: str) -> str | None:
         """What the rewards that can explain themselves say of a picture."""
         found = [term.reward for term in self.terms.values() if hasattr(term.reward, "explain")]
-        return "; ".join(reward.explain(image, prompt) for reward in found) or None
+        return "; ".join(reward.explain(read_only(image), prompt) for reward in found) or None
 
     def take_times(self) -> dict[str, float]:
         """Seconds since this was last asked: inside rewards, and how long one worked while nobody waited for it."""
@@ -214,7 +225,7 @@ class Rewards:
 
     def state_dict(self) -> dict[str, list[float]]:
         """What running normalisation has seen."""
-        return {label: [t.seen.count, t.seen.mean, t.seen.squares] for label, t in self.terms.items() if t.seen.count}
+        return {label: list(astuple(term.seen)) for label, term in self.terms.items() if term.seen.count}
 
     def load_state_dict(self, state: dict[str, list[float]]) -> None:
         for label, moments in state.items():
@@ -250,6 +261,8 @@ def call(label: str, reward: Any, images: np.ndarray, prompts: list[str], metada
     except (Exception, SystemExit) as error:
         culprit = _first_failing(reward, images, prompts, metadata)
         cause = f"{type(error).__name__}: {error}"
+        if isinstance(error, ValueError) and "read-only" in str(error):
+            cause += "; the pictures are not the reward's own: change a copy of them, images.copy()"
         raise failed(f"reward {label} failed for the prompt {prompts[culprit]!r}: {cause}", culprit) from error
     if values.shape != (len(images),):
         raise failed(
@@ -269,7 +282,42 @@ def _validate(reward: Any, prompts: list[Prompt], size: tuple[int, int]) -> None
 
 
 def _values(reward: Any, images: np.ndarray, prompts: list[str], metadata: list[dict]) -> np.ndarray:
-    return np.asarray(reward(images, prompts, metadata), dtype=np.float64)
+    """One call, on pictures, lists and dictionaries of its own: nothing that a reward does to them reaches anything else."""
+    return numbers(reward(read_only(images), list(prompts), deepcopy(metadata)))
+
+
+def read_only(images: np.ndarray) -> np.ndarray:
+    """A copy that cannot be written to by way of NumPy; what writes past it, as PyTorch may, reaches the copy alone."""
+    images = images.copy()
+    images.flags.writeable = False
+    return images
+
+
+def numbers(values: Any) -> np.ndarray:
+    """What a reward returned as float64, of the same shape: numbers, booleans, arrays, tensors of any dtype and device.
+
+    Raises:
+        TypeError: they are no real numbers; texts that look like numbers are none.
+    """
+    if isinstance(values, (list, tuple)):
+        values = [_plain(value) for value in values]
+    array = np.asarray(_plain(values))
+    if array.dtype == object and array.size and all(isinstance(value, Real) for value in array.flat):
+        array = array.astype(np.float64)  # fractions, whole numbers of any size
+    if isinstance(values, np.ma.MaskedArray):
+        raise TypeError("it returned a masked array: return one number for each image")
+    if not np.can_cast(array.dtype, np.float64, "same_kind"):
+        odd = next((type(value) for value in array.flat if not isinstance(value, Real)), array.dtype.type)
+        raise TypeError(f"it returned values of type {odd.__name__.rstrip('_')}: return one number for each image")
+    return array.astype(np.float64)  # a copy: the reward may fill the same array again at its next call
+
+
+def _plain(value: Any) -> Any:
+    """A tensor as an array: on the CPU, without gradient; dtypes that NumPy lacks as float64."""
+    if not hasattr(value, "detach"):
+        return value
+    value = value.detach().cpu()
+    return (value if value.is_complex() else value.double()).numpy()
 
 
 def _first_failing(reward: Any, images: np.ndarray, prompts: list[str], metadata: list[dict]) -> int:
