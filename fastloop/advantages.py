@@ -1,8 +1,8 @@
 """Rewards to advantages. Pure functions of the rewards of one rollout, float64 (P, K): P prompts, K images of each.
 
 Rewards are first taken relative to one of them, in float64: equal ones then give exactly 0, and a large constant in them takes
-no digits from their differences. (The rounded mean of equal values need not be that value, and an optimizer that divides by the
-gradient's own size would train on the rest.) `finish` gives float32, which the loss takes.
+no digits from their differences. (The rounded mean of equal values need not be that value, and an optimizer that divides by
+the gradient's own size would train on the rest.) `finish` gives float32, which the loss takes.
 """
 
 from __future__ import annotations

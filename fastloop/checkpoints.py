@@ -10,17 +10,20 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from fastloop.errors import UserError
 from fastloop.ranks import ALONE, Ranks
 
 _PREFIX = "iteration-"
+_WEIGHTS = ("weights.safetensors", "ema.safetensors")
 
 
 def save_checkpoint(
@@ -61,10 +64,11 @@ def save_checkpoint(
 
 def _finish(temporary: Path, final: Path, weights, ema, state, keep: int) -> None:
     """The main rank's part, once every rank has written its own."""
-    for name, tensors in (("weights", weights), ("ema", ema)):
+    of = {"iteration": str(iteration_of(final))}
+    for name, tensors in zip(_WEIGHTS, (weights, ema), strict=True):
         if tensors is not None:
             tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-            save_file(tensors, temporary / f"{name}.safetensors")
+            save_file(tensors, temporary / name, of)
     torch.save(state, temporary / "state.pt")
     for path in (*temporary.rglob("*"), temporary):
         _sync(path)
@@ -92,19 +96,49 @@ def remove_leftovers(folder: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def load_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor] | None, dict[str, Any]]:
-    """Weights, their average or ``None``, and the state. Nothing is unpickled but tensors and plain values.
+def check_checkpoint(path: Path, averaged: bool) -> None:
+    """Reads what says whether a checkpoint is whole and of one piece, and none of its weights.
+
+    Args:
+        averaged: whether its run keeps a moving average.
 
     Raises:
-        UserError: the folder is no checkpoint or is damaged.
+        UserError: a file is missing, damaged, or that of another iteration than its folder.
     """
+    with _readable(path):
+        for name in _WEIGHTS[: 1 + averaged]:
+            with safe_open(path / name, "pt") as file:  # those of earlier versions do not say which iteration they are of
+                _same_iteration(path, name, (file.metadata() or {}).get("iteration", iteration_of(path)))
+        state = torch.load(path / "state.pt", weights_only=True, mmap=True)
+        _same_iteration(path, "state.pt", state["iteration"])
+
+
+def load_checkpoint(
+    path: Path, averaged: bool
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor] | None, dict[str, Any]]:
+    """Weights, their average where ``averaged``, else ``None``, and the state.
+
+    Nothing is unpickled but tensors and plain values. Raises as `check_checkpoint`.
+    """
+    check_checkpoint(path, averaged)
+    with _readable(path):
+        weights, *average = (load_file(path / name) for name in _WEIGHTS[: 1 + averaged])
+        return weights, average[0] if averaged else None, torch.load(path / "state.pt", weights_only=True)
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Makes one line of whatever reading a checkpoint raises."""
     try:
-        weights = load_file(path / "weights.safetensors")
-        ema = load_file(path / "ema.safetensors") if (path / "ema.safetensors").exists() else None
-        return weights, ema, torch.load(path / "state.pt", weights_only=True)
-    except Exception as error:
+        yield
+    except Exception as error:  # safetensors, pickle and zip raise many kinds
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"cannot read the checkpoint {path}: {reason}; remove it to resume from the one before") from None
+
+
+def _same_iteration(path: Path, name: str, found: Any) -> None:
+    if int(found) != iteration_of(path):
+        raise ValueError(f"{name} is of iteration {found}")
 
 
 def load_weights(parameters: dict[str, torch.nn.Parameter], weights: dict[str, torch.Tensor]) -> None:

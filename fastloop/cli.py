@@ -74,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--out", type=Path, default=Path("samples"), help="folder (default: samples)")
     sample.set_defaults(run=_sample)
 
-    evaluate = commands.add_parser("eval", help="held-out score per category, with standard errors")
+    evaluate = commands.add_parser("eval", help="score on the evaluation prompts, per category, with standard errors")
     evaluate.add_argument("config", metavar="CONFIG_OR_RUN", help="a YAML file for the base model, or a run folder")
     evaluate.add_argument("--json", type=Path, help="also write the numbers to this file")
     evaluate.set_defaults(run=_eval)
@@ -114,7 +114,8 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _train_on(ranks, args: argparse.Namespace) -> int:
-    from fastloop.plan import derived_lines
+    from fastloop.plan import derived_lines, prompts_line
+    from fastloop.prompts import score_name
     from fastloop.tracing import profile_iteration
     from fastloop.tracking import read_rows
     from fastloop.trainer import Stopped, Trainer
@@ -122,6 +123,7 @@ def _train_on(ranks, args: argparse.Namespace) -> int:
     config = load_config(args.config, args.overrides)
     trainer = Trainer(config, args.resume, ranks)
     if ranks.main:
+        print(prompts_line(trainer.prompts.prompts, trainer.eval_prompts))
         print("\n".join(derived_lines(trainer.config, trainer.steps_trained, ranks.world)))
         if trainer.iteration:
             print(f"resuming after iteration {trainer.iteration}")
@@ -141,10 +143,10 @@ def _train_on(ranks, args: argparse.Namespace) -> int:
     first, last = scores[0], scores[-1]
     print(
         f"done: {folder}\n"
-        f"  held-out score  {first['mean']:.3f} ± {first['stderr'] or 0:.3f} before, "
+        f"  {score_name(trainer.held_out):18}{first['mean']:.3f} ± {first['stderr'] or 0:.3f} before, "
         f"{last['mean']:.3f} ± {last['stderr'] or 0:.3f} after\n"
-        f"  report          {folder / 'report.html'}\n"
-        f"  weights         {folder / 'export'}"
+        f"  {'report':18}{folder / 'report.html'}\n"
+        f"  {'weights':18}{folder / 'export'}"
     )
     return 0
 
@@ -197,8 +199,8 @@ def _load(args: argparse.Namespace):
     def load():
         denoiser = base()
         denoiser.train_adapter(gradient_checkpointing=False, seed=config.seed)
-        weights, average, state = load_checkpoint(found[-1])
-        load_weights(denoiser.trainable(), average or weights)
+        weights, average, state = load_checkpoint(found[-1], config.ema.decay is not None)
+        load_weights(denoiser.trainable(), weights if average is None else average)
         print(f"{path}: weights after iteration {state['iteration']}")
         return denoiser
 

@@ -20,7 +20,7 @@ from fastloop.errors import UserError
 from fastloop.machine import compiler_problem, flash_problem
 from fastloop.memory import Chosen, Estimate, Traced, choose, estimate, free_bytes, probed_factor, sizes, with_batches
 from fastloop.optimizers import optimizer_problem
-from fastloop.prompts import Prompt, load_prompts
+from fastloop.prompts import Prompt, load_prompts, prompt_facts
 from fastloop.ranks import ALONE, Ranks
 from fastloop.rewards import Rewards
 from fastloop.rollout import kept_steps, sampler_table, trained_steps
@@ -101,9 +101,20 @@ def overview(checked: Checked, ranks: int = 1) -> list[str]:
     name = config.model.path or f"{config.model.random_init} with random weights"
     return [
         f"model        {name}, {config.model.adapter}, {config.model.dtype}, {width} x {height} pixels",
-        f"prompts      {len(checked.prompts)} for training, {len(checked.eval_prompts)} for evaluation",
+        prompts_line(checked.prompts, checked.eval_prompts),
         *derived_lines(config, checked.steps_trained, ranks),
     ]
+
+
+def prompts_line(prompts: list[Prompt], eval_prompts: list[Prompt]) -> str:
+    """How many prompts there are, and whether those of the evaluation are trained on."""
+    facts = prompt_facts(prompts, eval_prompts)["eval.prompts"]
+    shared, distinct = facts["trained_too"], facts["distinct"]
+    line = f"prompts      {len(prompts)} for training, {len(eval_prompts)} for evaluation"
+    if not shared:
+        return line
+    which = "all of them" if shared == distinct else f"{shared} of these {distinct}"
+    return f"{line}, {which} training prompts too: the score is not held out (set eval.prompts.source to others)"
 
 
 def time_lines(config: Config, steps_trained: torch.Tensor, ranks: int, it_per_s: float) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -60,6 +61,34 @@ def load_prompts(config: PromptsConfig, key: str = "prompts") -> list[Prompt]:
             "nor hf:OWNER/NAME"
         )
     return _of_categories(prompts, config, key)[: config.limit]
+
+
+def prompt_facts(prompts: list[Prompt], eval_prompts: list[Prompt]) -> dict[str, dict[str, Any]]:
+    """What tells the two lists of a run from others, by the key of the configuration, as prompts.json records it.
+
+    ``sha256`` is of the texts and metadata in their order. ``trained_too`` counts the distinct texts of the evaluation that
+    are training prompts as well, of ``distinct`` ones: 0 where they are held out.
+    """
+
+    def sha256(of: list[Prompt]) -> str:
+        rows = (json.dumps([prompt.text, prompt.metadata], sort_keys=True, default=str) for prompt in of)
+        return hashlib.sha256("\n".join(rows).encode()).hexdigest()
+
+    texts, eval_texts = ({prompt.text for prompt in of} for of in (prompts, eval_prompts))
+    return {
+        "prompts": {"count": len(prompts), "sha256": sha256(prompts)},
+        "eval.prompts": {
+            "count": len(eval_prompts),
+            "sha256": sha256(eval_prompts),
+            "distinct": len(eval_texts),
+            "trained_too": len(texts & eval_texts),
+        },
+    }
+
+
+def score_name(held_out: bool) -> str:
+    """What an evaluation's score is called, by whether training sees none of its prompts."""
+    return "held-out score" if held_out else "evaluation score"
 
 
 def _of_categories(prompts: list[Prompt], config: PromptsConfig, key: str) -> list[Prompt]:

@@ -18,6 +18,7 @@ import yaml
 from PIL import Image
 
 from fastloop import __version__
+from fastloop.prompts import score_name
 from fastloop.tracking import read_rows, replace_text
 
 PHASES = {  # metric: (label, colour)
@@ -68,6 +69,8 @@ class _Run:
     config_text: str
     metrics: list[dict[str, Any]]
     evals: list[dict[str, Any]]
+    distinct: float  # prompts of the evaluation
+    trained_too: float  # those of them that are training prompts; NaN where the run did not record it
 
     def column(self, name: str) -> np.ndarray:
         """One metric over the training iterations, NaN where a row lacks it."""
@@ -88,6 +91,9 @@ def _read_run(folder: Path) -> _Run:
     except yaml.YAMLError:  # the page still shows the text
         config = None
     info = _json(folder / "run.json")
+    prompts = _json(folder / "prompts.json")
+    of_eval = prompts.get("eval.prompts") if isinstance(prompts, dict) else None
+    of_eval = of_eval if isinstance(of_eval, dict) else {}
     return _Run(
         folder=folder,
         info=info if isinstance(info, dict) else {},
@@ -95,6 +101,8 @@ def _read_run(folder: Path) -> _Run:
         config_text=config_text,
         metrics=read_rows(folder / "metrics.jsonl"),
         evals=read_rows(folder / "eval.jsonl"),
+        distinct=_number(of_eval.get("distinct")),
+        trained_too=_number(of_eval.get("trained_too")),
     )
 
 
@@ -149,7 +157,7 @@ def _headline(run: _Run) -> str:
 
 
 def _score_card(run: _Run) -> str:
-    label = "Held-out score"
+    label = _score_title(run)
     if not run.evals:
         return _card(label, "no evaluation yet", wide=True)
     first, last = run.score(0), run.score(-1)
@@ -159,6 +167,10 @@ def _score_card(run: _Run) -> str:
     value = f"{_with_error(*first[:2])} <span>→</span> {_with_error(*last[:2])}"
     note = f"{change} from {_at(run.evals[0])} to {_at(run.evals[-1])}; ± is one standard error"
     return _card(label, value, note, wide=True)
+
+
+def _score_title(run: _Run) -> str:
+    return score_name(run.trained_too == 0).capitalize()
 
 
 def _card(label: str, value: str, note: str = "", wide: bool = False) -> str:
@@ -202,7 +214,7 @@ def _before_after(run: _Run) -> str:
 def _learning(run: _Run) -> str:
     return _figures(
         [
-            _held_out_figure(run),
+            _score_figure(run),
             _metric_figure(run, "reward/mean", "Training reward", "mean reward", "Mean over the rollout's pictures."),
             _metric_figure(
                 run,
@@ -254,8 +266,8 @@ def _labels(rewards: Any) -> list[str]:
     return [str(reward.get("label") or reward["name"]) for reward in found]
 
 
-def _held_out_figure(run: _Run) -> str:
-    title = "Held-out score"
+def _score_figure(run: _Run) -> str:
+    title = _score_title(run)
     means = np.array([run.score(i)[0] for i in range(len(run.evals))])
     errors = np.array([run.score(i)[1] for i in range(len(run.evals))])
     if not np.isfinite(means).any():
@@ -263,8 +275,19 @@ def _held_out_figure(run: _Run) -> str:
     x = np.array([_number(row.get("iteration")) for row in run.evals])
     figure, axes = _axes("mean score")
     axes.errorbar(x, means, yerr=np.nan_to_num(errors), color=LINE, marker="o", ms=4, lw=1.6, capsize=3, elinewidth=1)
-    note = f"On prompts that training never saw; bars are one standard error. {_not_shown(means)}"
+    note = f"{_which_prompts(run)}; bars are one standard error. {_not_shown(means)}"
     return _figure(title, note, _data_uri(figure))
+
+
+def _which_prompts(run: _Run) -> str:
+    """What the evaluation's prompts are to training, as far as the run recorded it."""
+    if run.trained_too == 0:
+        return "On prompts that training never saw"
+    if not math.isfinite(run.trained_too):
+        return "On the evaluation prompts"
+    if run.trained_too == run.distinct:
+        return "On prompts that are all trained on too"
+    return f"On {_count(run.distinct)} prompts, {_count(run.trained_too)} of which are trained on too"
 
 
 def _component_figures(run: _Run) -> list[str]:

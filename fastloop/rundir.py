@@ -1,16 +1,20 @@
-"""A run's folder: who may write into it, and its run.json."""
+"""A run's folder: who may write into it, its run.json, and the prompts that it began with."""
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
+import os
 import shlex
+import socket
 import sys
 import tempfile
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
-from fastloop.checkpoints import iteration_of, list_checkpoints, remove_leftovers
+from fastloop.checkpoints import check_checkpoint, iteration_of, list_checkpoints, remove_leftovers
 from fastloop.config import Config, dump_config, load_config
 from fastloop.errors import UserError
 from fastloop.machine import versions
@@ -20,15 +24,22 @@ from fastloop.tracking import read_rows, replace_text
 MAY_CHANGE = ("iterations", "output_dir", "checkpoint", "tracking", "safety", "engine", "model.compile")
 
 
-def claim_run_dir(config: Config, resume: bool) -> tuple[Path, Path | None, bool]:
-    """Makes or takes over the folder of a run.
+_held: dict[Path, TextIO] = {}  # the lock files of the folders that this process holds
+
+
+def claim_run_dir(config: Config, resume: bool, prompts: dict[str, dict[str, Any]]) -> tuple[Path, Path | None, bool]:
+    """Makes or takes over the folder of a run, and holds it until `release_run_dir` or the end of this process.
+
+    Args:
+        prompts: as from `prompt_facts`.
 
     Returns:
         The folder, the checkpoint to go on from (``None``: from the start), and whether a run was there before.
 
     Raises:
-        UserError: the folder cannot be written, or holds a run that ``resume`` does not ask for, that has another
-            configuration, that has gone further than ``iterations``, or whose records are damaged.
+        UserError: the folder cannot be written, another process holds it, or it holds a run that ``resume`` does not ask for,
+            that has another configuration or other prompts, that has gone further than ``iterations``, or whose records or
+            newest checkpoint are damaged.
     """
     folder = Path(config.output_dir).expanduser()
     try:
@@ -38,6 +49,7 @@ def claim_run_dir(config: Config, resume: bool) -> tuple[Path, Path | None, bool
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"output_dir: cannot write to {folder}: {reason}; choose another output_dir=") from None
+    _hold(folder)
     existing = folder / "config.yaml"
     earlier = load_config(existing) if existing.exists() else None
     # Training begins with run.json: where there is none, a start was refused (model.path, say) and nothing is lost.
@@ -50,6 +62,7 @@ def claim_run_dir(config: Config, resume: bool) -> tuple[Path, Path | None, bool
         left += [path.name for path in list_checkpoints(folder / "checkpoints")]
         if left:
             raise UserError(f"output_dir: {folder} holds {left[0]} of a run, but not its config: choose another output_dir=")
+        _write_json(folder / "prompts.json", prompts)
         replace_text(existing, dump_config(config))
         return folder, None, False
     if not resume:
@@ -67,13 +80,74 @@ def claim_run_dir(config: Config, resume: bool) -> tuple[Path, Path | None, bool
                 f"--resume: {key} is {before.get(key)!r} in {existing} and {now.get(key)!r} now: "
                 "set it back, or start a new run with another output_dir="
             )
+    _check_prompts(folder, config, prompts)
     found = list_checkpoints(folder / "checkpoints")
+    if found:
+        check_checkpoint(found[-1], averaged=config.ema.decay is not None)
     done = iteration_of(found[-1]) if found else 0
     if config.iterations < done:
         raise UserError(f"iterations: {config.iterations}, but the run in {folder} has finished {done}: set at least {done}")
     remove_leftovers(folder / "checkpoints")
+    _write_json(folder / "prompts.json", prompts)
     replace_text(existing, dump_config(config))
     return folder, (found[-1] if found else None), True
+
+
+def release_run_dir(folder: Path) -> None:
+    """Lets other processes have the folder of a run that has ended."""
+    if file := _held.pop(folder.resolve(), None):
+        file.close()
+
+
+def _hold(folder: Path) -> None:
+    """Takes the lock of a folder, which the kernel gives back when this process ends, however it ends.
+
+    Raises:
+        UserError: another process holds it.
+    """
+    held = _held.get(folder.resolve())
+    if held and os.fstat(held.fileno()).st_nlink:  # and the folder has not been removed and made again since
+        return
+    file = (folder / ".lock").open("a+", encoding="utf-8")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        with file:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                file.seek(0)
+                holder = file.read().strip() or "another process"
+                raise UserError(
+                    f"output_dir: {folder} is in use by {holder}: wait until it ends, stop it, or choose another output_dir="
+                ) from None
+        print(
+            f"fastloop: warning: output_dir: the file system of {folder} has no locks ({error.strerror}), so a second run in "
+            "this folder would not be noticed",
+            file=sys.stderr,
+        )
+        return
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()} since {_now()}\n")
+    file.flush()
+    _held[folder.resolve()] = file
+
+
+def _check_prompts(folder: Path, config: Config, prompts: dict[str, dict[str, Any]]) -> None:
+    """Raises ``UserError`` where a run began with other prompts than it would go on with. Earlier versions recorded none."""
+    path = folder / "prompts.json"
+    if not path.exists():
+        return
+    try:
+        before = {key: (facts["count"], facts["sha256"]) for key, facts in json.loads(path.read_text()).items()}
+    except (ValueError, AttributeError, TypeError, KeyError):
+        raise UserError(f"--resume: {path} is damaged: remove it to go on with the prompts as they are now") from None
+    for key, source in (("prompts", config.prompts.source), ("eval.prompts", config.eval.prompts.source)):
+        now = prompts[key]["count"], prompts[key]["sha256"]
+        if before.get(key) != now:
+            began = f" (then {before[key][0]}, now {now[0]})" if key in before and before[key][0] != now[0] else ""
+            raise UserError(
+                f"--resume: {key}: the prompts of {source} are not those that the run in {folder} began with{began}: "
+                "put them back, or start a new run with another output_dir="
+            )
 
 
 def read_run_config(folder: Path) -> Config:
@@ -98,8 +172,7 @@ def write_run(
     batches: dict[str, float] | None = None,
 ) -> None:
     """Updates run.json: status is running, finished, stopped or failed; batches are those chosen by the free memory."""
-    path = folder / "run.json"
-    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    path, now = folder / "run.json", _now()
     try:
         facts = json.loads(path.read_text())
     except (FileNotFoundError, ValueError):  # a damaged one holds nothing that a run needs
@@ -110,7 +183,15 @@ def write_run(
     if machine is not None:
         command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
         facts |= {"machine": machine, "versions": versions(), "command": command}
+    _write_json(path, facts)
+
+
+def _write_json(path: Path, facts: dict[str, Any]) -> None:
     replace_text(path, json.dumps(facts, indent=1))
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 def _flat(values: Any, prefix: str = "") -> dict[str, Any]:

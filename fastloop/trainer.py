@@ -37,12 +37,12 @@ from fastloop.objectives import gaussian_kl
 from fastloop.optimizers import Ema, holding
 from fastloop.pairs import micro_batch_sizes, micro_batches, shuffled_pairs, step_weights
 from fastloop.plan import check, confirm, largest_update
-from fastloop.prompts import PromptStream
+from fastloop.prompts import PromptStream, prompt_facts, score_name
 from fastloop.ranks import ALONE, Ranks
 from fastloop.report import write_report
 from fastloop.rewards import save_unscored
 from fastloop.rollout import Texts, Trajectories, gather_scores, scored_rollout
-from fastloop.rundir import claim_run_dir, rewrite_config, write_run
+from fastloop.rundir import claim_run_dir, release_run_dir, rewrite_config, write_run
 from fastloop.tracking import Tracker, before_after_grid, image_grid, read_rows
 
 DEVIATION = STATISTICS.index("ratio_max_dev")  # a maximum; the other statistics are sums
@@ -73,7 +73,9 @@ class Trainer:
         self.device, self.table, self.steps_trained = checked.device, checked.table, checked.steps_trained
         self.rewards, self.eval_rewards = checked.rewards, checked.eval_rewards
         self.prompts, self.eval_prompts = PromptStream(checked.prompts, config.seed), checked.eval_prompts
-        self.folder, checkpoint, resumed = ranks.from_main(lambda: claim_run_dir(config, resume))
+        facts = prompt_facts(checked.prompts, checked.eval_prompts)
+        self.held_out = facts["eval.prompts"]["trained_too"] == 0  # whether training sees none of the evaluation's prompts
+        self.folder, checkpoint, resumed = ranks.from_main(lambda: claim_run_dir(config, resume, facts))
         if not (self.folder / "config.yaml").exists():
             raise UserError(f"output_dir: this rank's machine does not see {self.folder}: put it where all machines see it")
         self.rewards.start()
@@ -90,7 +92,7 @@ class Trainer:
             self.config, self.chosen = config, _ = confirm(checked, self.denoiser, ranks)
             ranks.from_main(lambda: rewrite_config(self.folder, config))
         self.parameters = self.denoiser.trainable()
-        weights, average, state = load_checkpoint(checkpoint) if checkpoint else (None, None, None)
+        weights, average, state = load_checkpoint(checkpoint, bool(config.ema.decay)) if checkpoint else (None, None, None)
         if weights is not None:
             load_weights(self.parameters, weights)
         if config.engine.name == "deepspeed":
@@ -472,7 +474,7 @@ class Trainer:
         self._eval_seconds = time.perf_counter() - started
         self.tracker.log_eval(row | {"time/eval": self._eval_seconds})
         self._look_for_hacking()
-        print(f"  held-out score {result.mean:.3f} ± {result.stderr:.3f} after {self.images} images", flush=True)
+        print(f"  {score_name(self.held_out)} {result.mean:.3f} ± {result.stderr:.3f} after {self.images} images", flush=True)
 
     def _save_samples(self, result: Evaluation) -> None:
         """The first image of each grid prompt as its own file, all of them as a grid, and before/after."""
@@ -582,6 +584,7 @@ class Trainer:
                 self.tracker.close()
                 write_run(self.folder, status=status, message=message)
                 write_report(self.folder)
+                release_run_dir(self.folder)
 
     def _leave_if_asked(self) -> None:
         """Called only where the state is that of ``iteration`` finished iterations, and by all ranks at the same place."""

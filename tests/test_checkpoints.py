@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from fastloop.checkpoints import (
+    check_checkpoint,
     iteration_of,
     list_checkpoints,
     load_checkpoint,
@@ -65,7 +67,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_a_checkpoint_comes_back_as_it_was_saved(tmp_path, ema):
     path = save(tmp_path / "checkpoints", 12, ema=ema)
     assert path == tmp_path / "checkpoints" / "iteration-000012" and iteration_of(path) == 12
-    weights, average, state = load_checkpoint(path)
+    weights, average, state = load_checkpoint(path, averaged=ema is not None)
     assert equal(dict(sorted(weights.items())), WEIGHTS)
     assert average is None if ema is None else equal(dict(sorted(average.items())), AVERAGE)
     assert equal(state, state_of(12))
@@ -73,7 +75,7 @@ def test_a_checkpoint_comes_back_as_it_was_saved(tmp_path, ema):
 
 def test_parameters_are_saved_whatever_their_layout(tmp_path):
     value = torch.nn.Parameter(torch.randn(4, 3, 2, 2).to(memory_format=torch.channels_last))
-    weights, _, _ = load_checkpoint(save(tmp_path, 1, {"w": value, "t": torch.arange(6.0).view(2, 3).t()}))
+    weights, _, _ = load_checkpoint(save(tmp_path, 1, {"w": value, "t": torch.arange(6.0).view(2, 3).t()}), averaged=False)
     assert torch.equal(weights["w"], value) and torch.equal(weights["t"], torch.arange(6.0).view(2, 3).t())
     assert not weights["w"].requires_grad
 
@@ -82,7 +84,7 @@ def test_a_checkpoint_does_not_follow_the_weights_once_it_is_written(tmp_path):
     value = torch.zeros(3)
     path = save(tmp_path, 1, {"w": value})
     value += 1
-    assert load_checkpoint(path)[0]["w"].tolist() == [0, 0, 0]
+    assert load_checkpoint(path, averaged=False)[0]["w"].tolist() == [0, 0, 0]
 
 
 def test_the_newest_are_kept_and_they_are_listed_oldest_first(tmp_path):
@@ -135,12 +137,12 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_the_old_ones_whole(tmp_path
     assert [iteration_of(path) for path in list_checkpoints(tmp_path)] == [1, 2]
     assert [name for name in names(tmp_path) if name.startswith(".writing-")], "the half-written one has another name"
     assert before.items() <= contents(tmp_path).items()
-    assert load_checkpoint(list_checkpoints(tmp_path)[-1])[2]["iteration"] == 2
+    assert load_checkpoint(list_checkpoints(tmp_path)[-1], averaged=False)[2]["iteration"] == 2
 
     remove_leftovers(tmp_path)
     assert contents(tmp_path) == before
     save(tmp_path, 3, ema=AVERAGE, keep=keep)
-    assert equal(load_checkpoint(list_checkpoints(tmp_path)[-1])[2], state_of(3))
+    assert equal(load_checkpoint(list_checkpoints(tmp_path)[-1], averaged=False)[2], state_of(3))
 
 
 def test_everything_is_on_disk_before_the_checkpoint_has_its_name(tmp_path, monkeypatch):
@@ -179,7 +181,7 @@ def test_an_old_checkpoint_goes_only_once_the_new_one_is_there(tmp_path, monkeyp
         patch.setattr("fastloop.checkpoints.shutil.rmtree", lambda path, **rest: None if rest else killed(path))
         with pytest.raises(KeyboardInterrupt):
             save(tmp_path, 2, keep=1)
-    assert equal(load_checkpoint(list_checkpoints(tmp_path)[-1])[2], state_of(2))
+    assert equal(load_checkpoint(list_checkpoints(tmp_path)[-1], averaged=False)[2], state_of(2))
     assert [iteration_of(found) for found in list_checkpoints(tmp_path)] == [2]  # of the old one no half is taken for it
     remove_leftovers(tmp_path)
     assert names(tmp_path) == ["iteration-000002"]
@@ -210,6 +212,7 @@ class Evil:
 
 DAMAGES = {
     "no weights": lambda path: (path / "weights.safetensors").unlink(),
+    "no average": lambda path: (path / "ema.safetensors").unlink(),
     "no state": lambda path: (path / "state.pt").unlink(),
     "cut weights": cut("weights.safetensors", 50),
     "empty weights": cut("weights.safetensors", 0),
@@ -222,13 +225,31 @@ DAMAGES = {
 }
 
 
+@pytest.mark.parametrize("name", ["weights.safetensors", "ema.safetensors", "state.pt"])
+@pytest.mark.parametrize("read", [check_checkpoint, load_checkpoint])
+def test_a_file_of_another_iteration_is_refused(tmp_path, name, read):
+    other, path = (save(tmp_path, iteration, ema=AVERAGE) for iteration in (6, 7))
+    shutil.copy(other / name, path / name)
+    with pytest.raises(UserError) as caught:
+        read(path, averaged=True)
+    assert str(caught.value) == (
+        f"cannot read the checkpoint {path}: {name} is of iteration 6; remove it to resume from the one before"
+    )
+
+
+def test_weights_that_do_not_say_their_iteration_are_those_of_earlier_versions_and_are_read(tmp_path):
+    path = save(tmp_path, 7)
+    save_file(load_file(path / "weights.safetensors"), path / "weights.safetensors")
+    assert equal(dict(sorted(load_checkpoint(path, averaged=False)[0].items())), WEIGHTS)
+
+
 @pytest.mark.parametrize("name", DAMAGES)
 def test_a_damaged_checkpoint_is_refused_in_one_line_with_its_folder(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     path = save(tmp_path / "checkpoints", 7, ema=AVERAGE)
     DAMAGES[name](path)
     with pytest.raises(UserError) as caught:
-        load_checkpoint(path)
+        load_checkpoint(path, averaged=True)
     message = str(caught.value)
     assert message.startswith(f"cannot read the checkpoint {path}: ") and "\n" not in message
     assert message.endswith("; remove it to resume from the one before")

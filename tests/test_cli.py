@@ -22,6 +22,7 @@ from fastloop.cli import main
 from fastloop.config import dump_config
 from fastloop.errors import RunFailed, UserError
 from fastloop.evaluation import EVAL_STREAM
+from fastloop.prompts import load_prompts, prompt_facts
 from fastloop.rundir import claim_run_dir, write_run
 from fastloop.trainer import Stopped, Trainer
 
@@ -486,7 +487,9 @@ def test_a_folder_that_cannot_be_written_is_refused(recipe, refused, no_model, f
 @pytest.fixture
 def begun(recipe, make_config) -> Path:
     """The folder of the recipe's run, begun and killed before its first checkpoint."""
-    folder, _, _ = claim_run_dir(make_config(iterations=1, output_dir="run"), resume=False)
+    config = make_config(iterations=1, output_dir="run")
+    facts = prompt_facts(load_prompts(config.prompts), load_prompts(config.eval.prompts, "eval.prompts"))
+    folder, _, _ = claim_run_dir(config, False, facts)
     write_run(folder, status="running")
     return folder
 
@@ -519,7 +522,7 @@ def test_a_start_that_was_refused_does_not_block_the_next(recipe, tiny_sd, refus
     path = damaged(tiny_sd, remove(UNET))
     for _ in range(2):  # the second is not told that the folder holds a run
         assert refused("train", recipe, f"model.path={path}").startswith("model.path: cannot load the unet of ")
-        assert [file.name for file in Path("run").iterdir()] == ["config.yaml"]
+        assert sorted(file.name for file in Path("run").iterdir()) == [".lock", "config.yaml", "prompts.json"]
 
 
 def test_a_config_of_the_users_own_is_never_overwritten(recipe, refused, no_model):

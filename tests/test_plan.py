@@ -15,7 +15,8 @@ from fastloop.denoisers import build_skeleton, load_denoiser
 from fastloop.errors import UserError
 from fastloop.kernels.reference import policy_loss
 from fastloop.memory import LiveBytes, Traced, sizes
-from fastloop.plan import check, derived_lines, largest_update, memory, plan, time_lines
+from fastloop.plan import check, derived_lines, largest_update, memory, plan, prompts_line, time_lines
+from fastloop.prompts import Prompt
 from fastloop.rollout import sampler_table, trained_steps
 from fastloop.trainer import Trainer, shuffled_pairs
 
@@ -345,7 +346,13 @@ def test_the_pairs_are_those_that_the_trainer_draws(make_config):
 def test_a_plan_names_the_model_its_pictures_and_the_prompts(make_config):
     lines = plan(make_config(sampling={"height": 24, "width": 32}, prompts={"limit": 7}))
     assert re.fullmatch(r"model        .*, lora, fp32, 32 x 24 pixels", lines[0])
-    assert lines[1] == "prompts      7 for training, 3 for evaluation"
+    assert lines[1] == (
+        "prompts      7 for training, 3 for evaluation, all of them training prompts too: the score is not held out (set "
+        "eval.prompts.source to others)"
+    )
+    known, others = ([Prompt(text) for text in texts] for texts in (("a cat", "a dog"), ("a hen", "a hen")))
+    assert prompts_line(known, others) == "prompts      2 for training, 2 for evaluation"
+    assert ", 1 of these 2 training prompts too: " in prompts_line(known, [*others, known[0]])
 
 
 def test_a_plan_starts_no_run(make_config, no_weights):

@@ -166,6 +166,27 @@ def test_the_headline_gives_the_held_out_score_before_and_after_with_errors(page
         assert text in header
 
 
+@pytest.mark.parametrize(
+    "trained_too, name, note",
+    [
+        (0, "Held-out score", "On prompts that training never saw; bars"),
+        (12, "Evaluation score", "On prompts that are all trained on too; bars"),
+        (5, "Evaluation score", "On 12 prompts, 5 of which are trained on too; bars"),
+    ],
+)
+def test_a_score_is_called_held_out_only_where_training_never_saw_its_prompts(tmp_path, trained_too, name, note):
+    folder = make_run(tmp_path / "run", 2, every=1)
+    facts = {"eval.prompts": {"count": 12, "distinct": 12, "trained_too": trained_too}}
+    (folder / "prompts.json").write_text(json.dumps(facts))
+    text = write_report(folder).read_text()
+    assert note in text and text.count(name) == 3  # the card, the curve and its text for who does not see it
+    assert ("Held-out score" in text) == (trained_too == 0)
+
+
+def test_the_score_of_a_run_that_did_not_record_its_prompts_is_not_called_held_out(page):
+    assert "Held-out score" not in page and "On the evaluation prompts; bars" in page
+
+
 def test_the_category_table_gives_first_last_and_difference(page):
     row = re.search(r"<tr><td>color</td>.*?</tr>", section(page, "By category")).group()
     cells = [re.sub(r"<[^>]+>", "", cell) for cell in re.findall(r"<td>(.*?)</td>", row)]

@@ -568,7 +568,7 @@ def test_the_moving_average_is_evaluated_and_exported_and_the_raw_weights_go_on_
         average = {name: 0.8 * value + 0.2 * step.after[name].double() for name, value in average.items()}
     assert len(steps) == 4 and distance(average, steps[-1].after) > 0.05
     assert len(evaluated) == 2 and same(evaluated[0], steps[0].before)
-    raw, saved, _ = load_checkpoint(trainer.folder / "checkpoints" / "iteration-000002")
+    raw, saved, _ = load_checkpoint(trainer.folder / "checkpoints" / "iteration-000002", averaged=True)
     exported = load_file(trainer.folder / "export" / "pytorch_lora_weights.safetensors")
     for name, value in average.items():
         torch.testing.assert_close(saved[name].double(), value, rtol=1e-5, atol=1e-7)
@@ -615,7 +615,7 @@ def test_updates_that_differ_from_rollouts_stop_the_run_before_any_weight_change
     assert says in str(caught.value) and "Likely causes: model.dtype" in str(caught.value)
     assert same(weights(trainer), initial) and metrics(trainer) == []
     assert status(trainer.folder) == "failed" and checkpoints(trainer.folder) == ["iteration-000000"]
-    assert same(load_checkpoint(trainer.folder / "checkpoints" / "iteration-000000")[0], initial)
+    assert same(load_checkpoint(trainer.folder / "checkpoints" / "iteration-000000", averaged=False)[0], initial)
 
 
 def test_the_score_function_has_no_ratio_to_clip_and_only_the_replay_checks_it(make_trainer):
@@ -652,7 +652,7 @@ def test_what_is_not_finite_stops_the_run_and_leaves_the_weights_untouched(make_
     breaks(trainer)
     with pytest.raises(RunFailed, match=says):
         trainer.train()
-    good, _, state = load_checkpoint(trainer.folder / "checkpoints" / "iteration-000001")
+    good, _, state = load_checkpoint(trainer.folder / "checkpoints" / "iteration-000001", averaged=False)
     assert same(weights(trainer), good) and state["iteration"] == 1
     assert [row["iteration"] for row in metrics(trainer)] == [1] and status(trainer.folder) == "failed"
     resumed = Trainer(make_config(iterations=3), resume=True)
@@ -667,7 +667,7 @@ def test_loss_scaling_skips_steps_that_are_not_finite_and_gives_up_in_the_end(ma
     with pytest.raises(RunFailed, match="the gradients are not finite in iteration 3"):
         trainer.train()
     assert MAX_SKIPPED == 8 and same(weights(trainer), initial)
-    _, _, state = load_checkpoint(trainer.folder / "checkpoints" / "iteration-000002")
+    _, _, state = load_checkpoint(trainer.folder / "checkpoints" / "iteration-000002", averaged=False)
     assert state["skipped"] == 6 and state["engine"]["scaler"]["scale"] == 2.0**16 / 2**6
 
 
@@ -809,7 +809,8 @@ def straight(tiny_sd, tmp_path_factory) -> Trainer:
 
 def final(folder: Path) -> tuple[Weights, Weights | None, dict]:
     """The newest checkpoint, without its time."""
-    values, average, state = load_checkpoint(sorted((folder / "checkpoints").iterdir())[-1])
+    averaged = load_config(folder / "config.yaml").ema.decay is not None
+    values, average, state = load_checkpoint(sorted((folder / "checkpoints").iterdir())[-1], averaged)
     del state["seconds"]
     return values, average, state
 
