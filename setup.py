@@ -9,7 +9,7 @@ EXTRAS = {
     "bnb": ["bitsandbytes>=0.48"],
     "xformers": ["xformers>=0.0.30"],
     "wandb": ["wandb>=0.18"],
-    "datasets": ["datasets>=3"],
+    "datasets": ["datasets>=4"],  # from 4 on it runs no code of a data set
     "ocr": ["rapidocr>=3.4", "onnxruntime>=1.20"],
     "serve": ["starlette>=0.40", "uvicorn>=0.30"],
     "spacy": ["spacy>=3.7"],

@@ -295,6 +295,23 @@ CONFIG_DAMAGES = {
         change("model_index.json", _class_name="FluxPipeline"),
         "MODEL is a FluxPipeline: supported are StableDiffusionPipeline",
     ),
+    "a pipeline of its own code": (
+        change("model_index.json", _class_name=["my_pipeline", "MyPipeline"]),
+        "MODEL is a ['my_pipeline', 'MyPipeline']: supported are StableDiffusionPipeline",
+    ),
+    "a unet of its own code": (
+        change("model_index.json", unet=["my_unet", "MyUNet"]),
+        "model_index.json of MODEL takes its unet from ['my_unet', 'MyUNet'], which is no class of diffusers or transformers: "
+        "code that comes with a model is not run",
+    ),
+    "a part from any module": (
+        change("model_index.json", safety_checker=["antigravity", "Checker"]),
+        "model_index.json of MODEL takes its safety_checker from ['antigravity', 'Checker'], which is no class of",
+    ),
+    "a part without a class": (
+        change("model_index.json", vae=["diffusers"]),
+        "model_index.json of MODEL takes its vae from ['diffusers'], which is no class of",
+    ),
     "a unet that cannot be built": (
         change("unet/config.json", block_out_channels=[8, 16, 16]),
         "cannot build the unet of MODEL from its config.json: ",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -180,6 +181,39 @@ def vit(p: dict, pixels: torch.Tensor, heads: int, names: dict) -> torch.Tensor:
         h = F.gelu(F.linear(h, p[f"{b}{names['fc1']}.weight"], p[f"{b}{names['fc1']}.bias"]))
         x = x + F.linear(h, p[f"{b}{names['fc2']}.weight"], p[f"{b}{names['fc2']}.bias"])
     return x
+
+
+# --- code beside the weights ------------------------------------------------------------------------------------------
+
+OWN_CODE = {  # reward: the file of its model that asks for code, what it asks for
+    "a tokenizer": ("clipscore", "clip", "tokenizer_config.json", "AutoTokenizer", "tokenizer_class"),
+    "an image processor": ("clipscore", "clip", "preprocessor_config.json", "AutoImageProcessor", "image_processor_type"),
+    "a processor": ("vlm_judge", "vlm", "processor_config.json", "AutoProcessor", "processor_class"),
+    "a model": ("vlm_judge", "vlm", "config.json", "AutoModelForImageTextToText", "model_type"),
+}
+
+
+@pytest.mark.parametrize("case", OWN_CODE)
+def test_code_that_comes_with_a_rewards_model_is_neither_run_nor_asked_about(case, request, tmp_path, monkeypatch):
+    name, fixture, file, auto, kind = OWN_CODE[case]
+    folder = tmp_path / "model"
+    shutil.copytree(request.getfixturevalue(fixture), folder)
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: pass\n")
+    values = json.loads((folder / file).read_text())
+    code = ["evil.Evil", None] if auto == "AutoTokenizer" else "evil.Evil"
+    values |= {"auto_map": {"AutoConfig": "evil.Evil", auto: code}, kind: "Evil"}
+    (folder / file).write_text(json.dumps(values))
+    if auto == "AutoTokenizer":  # else transformers takes its own class, by the kind of the model
+        (folder / "config.json").unlink()
+    monkeypatch.setattr("builtins.input", lambda *args: pytest.fail("it asks on the terminal"))
+    rewards = Rewards([RewardConfig(name=name, params={"model": str(folder)})], [], None)
+    with pytest.raises(UserError) as caught:
+        rewards.start()
+    assert str(caught.value) == (
+        f"rewards.0: {name} cannot start: {folder} comes with code of its own, which is not run: choose a model that "
+        "transformers itself knows, or load this one in a reward of your own, MODULE:FUNCTION"
+    )
+    assert not (tmp_path / "ran").exists()
 
 
 # --- pictures to pixels -----------------------------------------------------------------------------------------------

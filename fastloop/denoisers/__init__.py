@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -91,11 +91,31 @@ def family(path: str, config: ModelConfig):
     """
     if config.attention == "xformers" and (problem := xformers_problem()):
         raise UserError(f"model.attention: {problem}; or set it to sdpa")
-    name = read_json(path, config, "model_index.json").get("_class_name")
-    if name not in FAMILIES:
+    index = read_json(path, config, "model_index.json")
+    name = index.get("_class_name")
+    if not isinstance(name, str) or name not in FAMILIES:
         raise UserError(f"model.path: {path} is a {name}: supported are {', '.join(FAMILIES)}")
+    _refuse_own_code(path, index)
     module, adapter = FAMILIES[name]
     return getattr(importlib.import_module(f"fastloop.denoisers.{module}"), adapter)
+
+
+def _refuse_own_code(path: str, index: dict) -> None:
+    """Raises ``UserError`` where a part of a pipeline is of a class that is not of diffusers or transformers.
+
+    Its code would stand beside the weights, or be any module that Python finds. It is never run here, and stock diffusers,
+    which writes and reads a full fine-tune, does not load such a part either.
+    """
+    for part, named in index.items():
+        if part.startswith("_") or not isinstance(named, list) or named == [None, None]:
+            continue
+        library = named[0] if len(named) == 2 and all(isinstance(name, str) for name in named) else None
+        own = library and library.isidentifier() and importlib.util.find_spec(f"diffusers.pipelines.{library}")
+        if library not in ("diffusers", "transformers") and not own:
+            raise UserError(
+                f"model.path: model_index.json of {path} takes its {part} from {named}, which is no class of diffusers or "
+                "transformers: code that comes with a model is not run; name a class of theirs there, or choose another model"
+            )
 
 
 def load_denoiser(config: ModelConfig, device: torch.device):

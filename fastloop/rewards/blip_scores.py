@@ -8,7 +8,7 @@ from functools import cache
 import numpy as np
 import torch
 
-from fastloop.rewards.models import ModelReward, Pixels, Predictor, check_file, load_exactly, read_tensors, source
+from fastloop.rewards.models import ModelReward, Pixels, Predictor, check_file, from_files, load_exactly, read_tensors, source
 from fastloop.rewards.noun_phrases import BySpacy, by_rule
 
 MAX_TOKENS = 35  # of a prompt or a question, as both were trained
@@ -35,7 +35,7 @@ class ImageReward(ModelReward):
     def load(self) -> None:
         from transformers import AutoTokenizer
 
-        self.tokenizer = AutoTokenizer.from_pretrained(self.tokenizer_path)
+        self.tokenizer = from_files(AutoTokenizer, self.tokenizer_path)
         parts = split_image_reward(read_tensors(self.weights))
         vision, text = blip_encoders(parts)
         self.vision = load_exactly(vision, parts["vision"], self.weights).to(self.device, self.dtype)
@@ -169,7 +169,7 @@ class BlipVqa(ModelReward):
         from transformers import AutoTokenizer, BlipForQuestionAnswering
 
         self.model = self.pretrained(BlipForQuestionAnswering, self.model_path)
-        self.tokenizer = AutoTokenizer.from_pretrained(self.model_path)
+        self.tokenizer = from_files(AutoTokenizer, self.model_path)
         self.pixels = Pixels.of(self.model_path)
         self.answers = self.tokenizer.convert_tokens_to_ids(["yes", "no"])
         if self.tokenizer.unk_token_id in self.answers:

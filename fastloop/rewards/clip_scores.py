@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from fastloop.rewards.models import ModelReward, Pixels, Predictor, check_file, load_exactly, read_tensors, source
+from fastloop.rewards.models import ModelReward, Pixels, Predictor, check_file, from_files, load_exactly, read_tensors, source
 
 VIT_L = "openai/clip-vit-large-patch14"
 VIT_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
@@ -23,7 +23,7 @@ class _Clip(ModelReward):
         from transformers import AutoTokenizer
 
         self.pixels = Pixels.of(self.processor)
-        self.tokenizer = AutoTokenizer.from_pretrained(self.processor)
+        self.tokenizer = from_files(AutoTokenizer, self.processor)
         self.clip = self.load_clip()
 
     def load_clip(self):

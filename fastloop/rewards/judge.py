@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from fastloop.rewards.models import ModelReward, source
+from fastloop.rewards.models import ModelReward, from_files, source
 
 QUESTION = 'Does this picture show "{prompt}"? Answer with yes or no.'
 
@@ -29,7 +29,7 @@ class VlmJudge(ModelReward):
     def load(self) -> None:
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
-        self.processor = AutoProcessor.from_pretrained(self.model_path)
+        self.processor = from_files(AutoProcessor, self.model_path)
         if not self.processor.chat_template:
             raise ValueError(f"the processor of {self.model_path} has no chat template: choose a model tuned to instructions")
         self.processor.tokenizer.padding_side = "left"  # so that the answer follows each question

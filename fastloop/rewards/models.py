@@ -61,8 +61,27 @@ class ModelReward:
         return torch.cat(parts).double().numpy()
 
     def pretrained(self, cls: type, path: str) -> Any:
-        """A transformers model in evaluation mode on the reward's device."""
-        return cls.from_pretrained(path, dtype=self.dtype).to(self.device).eval().requires_grad_(False)
+        """A transformers model in evaluation mode on the reward's device. Raises as `from_files`."""
+        return from_files(cls, path, dtype=self.dtype).to(self.device).eval().requires_grad_(False)
+
+
+def from_files(cls: type, path: str, **settings) -> Any:
+    """What a class of transformers makes of a folder or hub id, by code of transformers alone.
+
+    Asked nothing, transformers would ask on the terminal whether to run code that stands beside the weights.
+
+    Raises:
+        ValueError: it cannot be had without that code.
+    """
+    try:
+        return cls.from_pretrained(path, trust_remote_code=False, **settings)
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise ValueError(
+            f"{path} comes with code of its own, which is not run: choose a model that transformers itself knows, or load "
+            "this one in a reward of your own, MODULE:FUNCTION"
+        ) from None
 
 
 def pick_device(name: str) -> torch.device:
@@ -146,7 +165,7 @@ class Pixels:
         """As a processor of transformers does, from its folder or hub id. Raises ``ValueError`` for another kind."""
         from transformers import AutoImageProcessor
 
-        processor = AutoImageProcessor.from_pretrained(path)
+        processor = from_files(AutoImageProcessor, path)
         size, bicubic = dict(processor.size), int(processor.resample) == Image.Resampling.BICUBIC
         if (
             bicubic
