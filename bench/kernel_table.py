@@ -40,6 +40,7 @@ import torch.nn.functional as F
 from torch._functorch import config as functorch_config
 
 from fastloop.kernels import backend, triton_problem
+from fastloop.kernels.reference import MicroBatch
 from fastloop.machine import describe_machine, versions
 
 # bytes per element in bfloat16, latents float32. Per element of a latent: forward reads cond, uncond, x_t and x_prev, backward
@@ -261,7 +262,12 @@ def contenders(operator: str, device: torch.device) -> dict[str, Callable]:
     function = getattr(backend(name, device), operator)
     found = {name: function, "eager": EAGER[operator]}
     if operator == "policy_loss":
-        found[name] = lambda **arguments: (function(**arguments, objective="clipped").loss,)
+
+        def loss(cond, uncond, guidance, clip_range, **columns):
+            settings = {"guidance": guidance, "clip_range": clip_range, "objective": "clipped"}
+            return (function(cond, uncond, MicroBatch(**columns), **settings).loss,)
+
+        found[name] = loss
     if compile_problem(device) is None:
         found["compile"] = torch.compile(EAGER[operator], dynamic=False)
     return found

@@ -33,7 +33,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import redirect_stdout
+from contextlib import contextmanager, redirect_stdout
 from importlib import import_module
 from pathlib import Path
 
@@ -46,6 +46,7 @@ from fastloop.denoisers import ASSETS, build_skeleton, load_denoiser
 from fastloop.denoisers.base import DTYPES
 from fastloop.errors import UserError
 from fastloop.machine import describe_machine, versions
+from fastloop.observer import Observer
 from fastloop.plan import memory as planned
 from fastloop.ranks import Ranks
 from fastloop.trainer import Trainer
@@ -249,39 +250,23 @@ class GpuMemory:
         return torch.cuda.max_memory_allocated()
 
 
-class Measured(Trainer):
-    """A run that notes the peak of each phase; without what is no part of an iteration."""
+class Peaks(Observer):
+    """Notes the peak of each phase."""
 
-    def __init__(self, memory: HostMemory | GpuMemory, *args, **kwargs) -> None:
+    NOTED = {"rollout": "rollout", "replay": "check", "gradients": "gradients", "step": "step"}
+
+    def __init__(self, memory: HostMemory | GpuMemory) -> None:
         self.memory, self.peaks = memory, {}
-        super().__init__(*args, **kwargs)
-        self._note("loading")
 
-    def _note(self, phase: str) -> None:
+    def note(self, phase: str) -> None:
         self.peaks[phase] = max(self.peaks.get(phase, 0), self.memory.peak())
         self.memory.restart()
 
-    def _rollout(self, *args):
-        trajectories = super()._rollout(*args)
-        self._note("rollout")
-        return trajectories
-
-    def _check_ratio(self, *args):
-        deviation = super()._check_ratio(*args)
-        self._note("check")
-        return deviation
-
-    def _step(self, *args):
-        self._note("gradients")
-        norm = super()._step(*args)
-        self._note("step")
-        return norm
-
-    def _save(self) -> None: ...
-
-    def _evaluate(self) -> None: ...
-
-    def _export(self) -> None: ...
+    @contextmanager
+    def phase(self, name: str):
+        yield
+        if name in self.NOTED:
+            self.note(self.NOTED[name])
 
 
 def work(name: str, folder: Path, size: str) -> None:
@@ -302,9 +287,12 @@ def work(name: str, folder: Path, size: str) -> None:
             memory.restart()
             found = {"baseline": memory.now()}
             started = time.perf_counter()
-            trainer = Measured(memory, config, ranks=ranks)
+            observer = Peaks(memory)
+            left_out = ("checkpoints", "evaluation", "export", "report")  # what is no part of an iteration
+            trainer = Trainer(config, ranks=ranks, observer=observer, leave_out=left_out)
+            observer.note("loading")
             trainer.train()
-            found |= trainer.peaks | {"seconds": time.perf_counter() - started, "restartable": memory.restartable}
+            found |= observer.peaks | {"seconds": time.perf_counter() - started, "restartable": memory.restartable}
             (folder / f"{name}-{ranks.rank}.json").write_text(json.dumps(found))
     except Exception as error:
         (folder / f"{name}.error").write_text(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")

@@ -12,7 +12,7 @@ import itertools
 import pytest
 import torch
 
-from fastloop.advantages import ADVANTAGES, PromptTracker
+from fastloop.advantages import ADVANTAGES
 from fastloop.checkpoints import save_checkpoint
 from fastloop.config import ModelConfig, SamplingConfig
 from fastloop.denoisers import ARCHITECTURES, build_skeleton, load_denoiser
@@ -47,11 +47,10 @@ def test_transition_table(benchmark, steps):
 
 @pytest.mark.parametrize("name", ADVANTAGES)
 def test_advantages(benchmark, name):
-    rewards = torch.rand(IMAGES // 4, 4, generator=torch.Generator().manual_seed(0))
+    rewards = torch.rand(IMAGES // 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     prompts = [f"prompt {i}" for i in range(len(rewards))]
-    tracker = PromptTracker()
-    call = (lambda: tracker(prompts, rewards)) if name == "prompt_tracker" else (lambda: ADVANTAGES[name](rewards))
-    assert benchmark(call).shape == rewards.shape
+    advantage = ADVANTAGES[name]()
+    assert benchmark(lambda: advantage(prompts, {"reward": rewards}, {"reward": 1.0})).shape == rewards.shape
 
 
 @pytest.fixture(scope="module")

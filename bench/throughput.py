@@ -129,34 +129,30 @@ def work(system: str, path: Path) -> None:
 
 
 def serve_fastloop(config: Config, server: Server) -> None:
-    from fastloop import trainer as module
+    from fastloop.observer import Observer
+    from fastloop.trainer import Trainer
 
-    class Served(module.Trainer):
-        """A run that waits for the order of each iteration, without what is no part of one."""
+    charged = {"gradients": "loss", "step": "optimizer"} | {
+        name: name for name in ("encode", "rollout", "decode", "reward", "backward")
+    }
 
-        def _log(self, metrics) -> None:
-            server.answer()
-            self.stop_unless_asked()
+    class Ordered(Observer):
+        """Waits for the order of each iteration, and times its phases."""
 
-        def stop_unless_asked(self) -> None:
+        answers = False
+
+        def phase(self, name: str):
+            return server.phases.within(charged[name]) if name in charged else super().phase(name)
+
+        def on_iteration(self, number: int) -> None:
+            if self.answers:
+                server.answer()
             if not server.wait():
                 sys.exit()
+            self.answers = True
 
-        def _save(self) -> None: ...
-
-        def _evaluate(self) -> None: ...
-
-    trainer = Served(config)
-    phases = server.phases
-    phases.watch(trainer, "_rollout", "rollout")
-    phases.watch(trainer.denoiser, "encode", "encode")
-    phases.watch(trainer.denoiser, "decode", "decode")
-    phases.watch(module, "gather_scores", "reward")
-    phases.watch(trainer, "_loss", "loss")
-    phases.watch(trainer.engine, "backward", "backward")
-    phases.watch(trainer.engine, "step", "optimizer")
-    trainer.stop_unless_asked()
-    trainer.train()
+    left_out = ("checkpoints", "evaluation", "export", "report")  # what is no part of an iteration
+    Trainer(config, observer=Ordered(), leave_out=left_out).train()
 
 
 def serve_baseline(config: Config, server: Server) -> None:

@@ -11,6 +11,8 @@ import resource
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -37,15 +39,21 @@ class Phases:
         method = getattr(owner, name)
 
         def watched(*args, **kwargs):
-            self._charge()
-            self.open.append(phase)
-            try:
+            with self.within(phase):
                 return method(*args, **kwargs)
-            finally:
-                self._charge()
-                self.open.pop()
 
         setattr(owner, name, watched)
+
+    @contextmanager
+    def within(self, phase: str) -> Iterator[None]:
+        """Charges what is done within it to a phase."""
+        self._charge()
+        self.open.append(phase)
+        try:
+            yield
+        finally:
+            self._charge()
+            self.open.pop()
 
     def _charge(self) -> None:
         if self.exact:

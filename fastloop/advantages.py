@@ -1,4 +1,5 @@
-"""Rewards to advantages. Pure functions of the rewards of one rollout, float64 (P, K): P prompts, K images of each.
+"""Rewards to advantages: pure functions of the rewards of a rollout, float64 (P, K), of P prompts with K images each, and the
+objects of the registry, which may remember what they have seen.
 
 Rewards are first taken relative to one of them, in float64: equal ones then give exactly 0, and a large constant in them takes
 no digits from their differences. (The rounded mean of equal values need not be that value, and an optimizer that divides by
@@ -8,6 +9,9 @@ the gradient's own size would train on the rest.) `finish` gives float32, which 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -47,7 +51,53 @@ def _relative_in_groups(rewards: torch.Tensor) -> torch.Tensor:
     return rewards - rewards[:, :1]
 
 
-class PromptTracker:
+class Advantage:
+    """Turns the rewards of a rollout into what its rows are trained with.
+
+    One of your own is a class and a line in ``ADVANTAGES``.
+
+    Attributes:
+        needs_groups: whether it compares the images of one prompt, so that K must be at least 2.
+    """
+
+    needs_groups = False
+
+    def __call__(self, prompts: list[str], terms: dict[str, torch.Tensor], weights: dict[str, float]) -> torch.Tensor:
+        """Advantages of P prompts with K images each.
+
+        Args:
+            prompts: P texts. terms: of the reward, by label, float64 (P, K) each, normalised. weights: by label.
+
+        Returns:
+            float64 (P, K), one for each trajectory, or (P, K, S), one for each of its S trained steps.
+        """
+        raise NotImplementedError
+
+    def state_dict(self) -> dict[str, Any] | None:
+        """What it remembers, as plain values; ``None`` where it remembers nothing."""
+        return None
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes back what `state_dict` gave."""
+
+
+def weighted_sum(terms: dict[str, torch.Tensor], weights: dict[str, float]) -> torch.Tensor:
+    """The reward: the sum of weight x term, of the terms' shape."""
+    return sum(weights[label] * values for label, values in terms.items())
+
+
+@dataclass(frozen=True)
+class OfReward(Advantage):
+    """A function of the weighted sum alone, without a memory."""
+
+    function: Callable[[torch.Tensor], torch.Tensor]
+    needs_groups: bool = False
+
+    def __call__(self, prompts, terms, weights) -> torch.Tensor:
+        return self.function(weighted_sum(terms, weights))
+
+
+class PromptTracker(Advantage):
     """DDPO's per-prompt running mean and std: the last ``buffer`` rewards of each prompt.
 
     A prompt with fewer than ``minimum`` rewards uses the mean and std of the rollout, as in ddpo-pytorch.
@@ -57,8 +107,9 @@ class PromptTracker:
         self.buffer, self.minimum = buffer, minimum
         self.history: dict[str, deque[float]] = {}
 
-    def __call__(self, prompts: list[str], rewards: torch.Tensor) -> torch.Tensor:
-        """Records the rewards, float64 (P, K), of P prompts and returns their advantages (P, K)."""
+    def __call__(self, prompts, terms, weights) -> torch.Tensor:
+        """Records the rewards, and returns their advantages (P, K)."""
+        rewards = weighted_sum(terms, weights)
         for prompt, group in zip(prompts, rewards.tolist(), strict=True):
             self.history.setdefault(prompt, deque(maxlen=self.buffer)).extend(group)
         advantages = batch_norm(rewards)
@@ -76,16 +127,14 @@ class PromptTracker:
         self.history = {prompt: deque(seen, maxlen=self.buffer) for prompt, seen in state.items()}
 
 
-# `prompt_tracker` is the one with a memory: the trainer keeps a PromptTracker for it.
-ADVANTAGES = {
-    "leave_one_out": leave_one_out,
-    "group_norm": group_norm,
-    "batch_norm": batch_norm,
-    "batch_mean": batch_mean,
-    "prompt_tracker": None,
-    "none": none,
+ADVANTAGES: dict[str, Callable[[], Advantage]] = {
+    "leave_one_out": lambda: OfReward(leave_one_out, needs_groups=True),
+    "group_norm": lambda: OfReward(group_norm, needs_groups=True),
+    "batch_norm": lambda: OfReward(batch_norm),
+    "batch_mean": lambda: OfReward(batch_mean),
+    "prompt_tracker": PromptTracker,
+    "none": lambda: OfReward(none),
 }
-NEEDS_GROUPS = ("leave_one_out", "group_norm")
 
 
 def finish(advantages: torch.Tensor, clamp: float | None, normalize: bool) -> torch.Tensor:

@@ -114,23 +114,27 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _train_on(ranks, args: argparse.Namespace) -> int:
+    from fastloop.batches import Batches
+    from fastloop.observer import UNOBSERVED
     from fastloop.plan import derived_lines, prompts_line
     from fastloop.prompts import score_name
-    from fastloop.tracing import profile_iteration
+    from fastloop.stopping import Stopped
+    from fastloop.tracing import Profile
     from fastloop.tracking import read_rows
-    from fastloop.trainer import Stopped, Trainer
+    from fastloop.trainer import Trainer
 
     config = load_config(args.config, args.overrides)
-    trainer = Trainer(config, args.resume, ranks)
+    profile = Profile(config) if args.profile else UNOBSERVED
+    trainer = Trainer(config, args.resume, ranks, profile)
     if ranks.main:
         print(prompts_line(trainer.prompts.prompts, trainer.eval_prompts))
-        print("\n".join(derived_lines(trainer.config, trainer.steps_trained, ranks.world)))
+        print("\n".join(derived_lines(Batches(trainer.config, trainer.steps_trained, ranks.world))))
         if trainer.iteration:
             print(f"resuming after iteration {trainer.iteration}")
         if trainer.not_carried_over:
             print(f"  not carried over: {trainer.not_carried_over}; the weights and all else are")
         if args.profile and trainer.iteration < config.iterations:
-            print(f"profile      of one iteration, in {profile_iteration(trainer)}")
+            print(f"profile      of one iteration, in {profile.folder}")
     try:
         folder = trainer.train()
     except Stopped as stop:
@@ -231,7 +235,7 @@ def _sample(args: argparse.Namespace) -> int:
         batch=config.memory.rollout_batch,
         vae_batch=config.memory.vae_batch,
         backend=config.kernels,
-        keep_latents=False,
+        keep="none",
     )
     for i, image in enumerate(sampled.images):
         Image.fromarray(image).save(args.out / f"{i // args.images:02d}_{i % args.images:02d}.png")

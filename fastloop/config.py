@@ -327,7 +327,7 @@ class Config(Strict):
 
     @model_validator(mode="after")
     def _cross_field(self) -> Config:
-        from fastloop.advantages import ADVANTAGES, NEEDS_GROUPS
+        from fastloop.advantages import ADVANTAGES
         from fastloop.objectives import OBJECTIVES
 
         for key, known in (("advantage", ADVANTAGES), ("objective", OBJECTIVES)):
@@ -335,7 +335,7 @@ class Config(Strict):
                 raise ValueError(f"{key}: unknown name {getattr(self, key)!r}: one of {', '.join(known)}")
         if problem := self._model_problem():
             raise ValueError(problem)
-        if self.advantage in NEEDS_GROUPS and self.images_per_prompt < 2:
+        if ADVANTAGES[self.advantage]().needs_groups and self.images_per_prompt < 2:
             raise ValueError(
                 f"images_per_prompt: {self.advantage} compares the images of one prompt: set at least 2, "
                 "or choose algorithm=ppo or algorithm=reinforce"
@@ -349,10 +349,15 @@ class Config(Strict):
             raise ValueError(
                 f"last_steps.drop: {self.last_steps.drop} leaves none of sampling.steps={self.sampling.steps} to train"
             )
-        if self.objective == "score_function" and self.passes_per_rollout > 1:
+        if not OBJECTIVES[self.objective].uses_ratio and self.passes_per_rollout > 1:
             raise ValueError(
-                "passes_per_rollout: the score function has no importance ratio, so a second pass over the same "
+                f"passes_per_rollout: {self.objective} has no importance ratio, so a second pass over the same "
                 "trajectories is biased: set 1, or choose algorithm=loop"
+            )
+        if not OBJECTIVES[self.objective].stored_steps and self.kl.weight:
+            raise ValueError(
+                f"kl.weight: objective={self.objective} trains on final latents, which have no step whose policy could be "
+                "compared: set it to 0"
             )
         for i, reward in enumerate(self.eval.rewards or ()):
             if reward.normalize is not None:

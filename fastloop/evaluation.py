@@ -100,7 +100,7 @@ def evaluate(
         batch=config.memory.rollout_batch,
         vae_batch=config.memory.vae_batch,
         backend=config.kernels,
-        keep_latents=False,
+        keep="none",
     )
     scores = gather_scores(rewards, ranks, len(repeated))
     images = ranks.whole(sampled.images[: len(ranks.share(len(repeated)))], len(repeated))

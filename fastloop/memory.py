@@ -24,12 +24,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastloop import kernels
+from fastloop.batches import Batches
 from fastloop.config import Config
 from fastloop.denoisers.base import CACHED_PROMPTS, DTYPES, Denoiser
 from fastloop.engines.deepspeed import BUCKET
 from fastloop.errors import UserError
-from fastloop.kernels.reference import transition_mean
-from fastloop.objectives import gaussian_kl
+from fastloop.kernels.reference import MicroBatch
+from fastloop.losses import micro_batch_loss
+from fastloop.objectives import OBJECTIVES
 from fastloop.optimizers import state_bytes, step_bytes
 from fastloop.ranks import Ranks
 
@@ -191,10 +193,7 @@ class Traced:
 
     def _decode(self, batch: int) -> None:
         with torch.no_grad():
-            z, vae = torch.empty(batch, *self.shape), self.denoiser.vae
-            x = vae.decode(self.denoiser._unscaled(z).to(vae.dtype), return_dict=False)[0].float()
-            x = (x / 2 + 0.5).clamp(0, 1) * 255
-            x.round().to(torch.uint8).permute(0, 2, 3, 1)
+            self.denoiser.to_bytes(self.denoiser.to_pictures(torch.empty(batch, *self.shape)))
 
     def _update(self, batch: int) -> None:
         for p in self.denoiser.trainable().values():
@@ -222,19 +221,12 @@ def inputs(denoiser: Denoiser, config: Config, batch: int) -> tuple:
 
 
 def update_loss(denoiser: Denoiser, config: Config, ops: ModuleType, batch: int) -> torch.Tensor:
-    """The loss of so many pairs, as the trainer computes it, of inputs without meaning."""
-    w = config.sampling.guidance_scale
+    """The loss of so many rows, as the trainer computes it, of inputs without meaning."""
     x, t, *text = inputs(denoiser, config, batch)
-    x_prev, row = torch.empty_like(x), torch.ones(batch, device=x.device)
-    outputs = denoiser.predict(x, t, *text)
-    terms = ops.policy_loss(*outputs, x, x_prev, row, row, row, w, row, row, config.clip_range, config.objective, 0, t, t)
-    loss = terms.loss
-    if config.kl.weight:
-        with torch.no_grad(), denoiser.reference():
-            reference = denoiser.predict(x, t, *text)
-        means = (transition_mean(*o, x, row, row, w) for o in (outputs, reference))
-        loss = loss + config.kl.weight * gaussian_kl(*means, row)
-    return loss.sum()
+    row = torch.ones(batch, device=x.device)
+    vectors = dict.fromkeys(("a", "b", "sigma", "log_prob_old", "advantage", "weight"), row)
+    rows = MicroBatch(x_t=x, x_prev=torch.empty_like(x), **vectors, trajectory=t, step=t, timestep=t)
+    return micro_batch_loss(denoiser, ops, config, rows, *text)[1].sum()
 
 
 @dataclass(frozen=True)
@@ -256,29 +248,23 @@ class Estimate:
 
 
 def estimate(
-    config: Config,
-    traced: Traced,
-    prompts: int,
-    pairs: int,
-    world: int,
-    on_gpu: bool,
-    batches: tuple[int, int, int] | None = None,
+    batches: Batches, traced: Traced, prompts: int, on_gpu: bool, micro: tuple[int, int, int] | None = None
 ) -> Estimate:
     """Memory of an iteration.
 
     Args:
-        prompts: distinct texts that are encoded. pairs: of the largest update. world: number of ranks.
-        batches: of rollout, update and VAE; ``None``: those of the configuration.
+        prompts: distinct texts that are encoded. micro: batches of rollout, update and VAE; ``None``: those of ``batches``.
     """
-    denoiser, sharded = traced.denoiser, Shards(config, world)
-    share = -(-config.images_per_rollout // world)
-    rollout, update, decode = batches or sizes(config, pairs, world)
+    config, denoiser, share = batches.config, traced.denoiser, batches.share
+    sharded = Shards(config, batches.world)
+    rollout, update, decode = micro or (batches.rollout, batches.update, batches.vae)
     weights = {name: _bytes(module) for name, module in denoiser.parts.items()}
     trainable = [p.numel() for p in denoiser.trainable().values()]
     trained, unet = sum(trainable), weights.pop("unet")
     texts = sum(size for name, size in weights.items() if name != "vae")
     leaves = on_gpu and config.memory.offload_frozen
-    steps = 4 * (config.sampling.steps + 1) * share * math.prod(traced.shape)
+    states = config.sampling.steps + 1 if OBJECTIVES[config.objective].stored_steps else 1
+    steps = 4 * states * share * math.prod(traced.shape)
     away = on_gpu and config.memory.trajectories == "host"
     with traced.fake:
         embedding = sum(map(_size, denoiser.blank_embedding()))
@@ -377,13 +363,6 @@ class Shards:
         return min(unet, self.size * 10**9) if self.stage == 3 else 0
 
 
-def sizes(config: Config, pairs: int, world: int) -> tuple[int, int, int]:
-    """The micro-batches of rollout, update and VAE that a rank meets."""
-    memory, share = config.memory, -(-config.images_per_rollout // world)
-    rollout = min(memory.rollout_batch, share)
-    return rollout, min(memory.update_batch, -(-pairs // world)), min(memory.vae_batch, rollout)
-
-
 def _bytes(module: torch.nn.Module) -> int:
     return sum(map(_size, module.parameters()))
 
@@ -420,7 +399,7 @@ def free_bytes(device: torch.device, neighbours: int) -> int:
 
 
 def choose(
-    config: Config, traced: Traced, prompts: int, pairs: int, ranks: Ranks, on_gpu: bool, free: int, factor: float = 1.0
+    batches: Batches, traced: Traced, prompts: int, ranks: Ranks, on_gpu: bool, free: int, factor: float = 1.0
 ) -> Chosen:
     """Numbers for the batches that are ``auto``: the largest that fit into ``FILL`` of what is free on every rank.
 
@@ -435,9 +414,8 @@ def choose(
     """
     for phase in (traced.rollout, traced.update, traced.decode):
         phase.trace(*TRACED)
-    ones = estimate(config, traced, prompts, pairs, ranks.world, on_gpu, (1, 1, 1))
-    share = -(-config.images_per_rollout // ranks.world)
-    limits = {"rollout": share, "update": -(-pairs // ranks.world), "decode": min(share, MOST_PICTURES)}
+    config, ones = batches.config, estimate(batches, traced, prompts, on_gpu, (1, 1, 1))
+    limits = {"rollout": batches.share, "update": batches.rows_of_rank, "decode": min(batches.share, MOST_PICTURES)}
     automatic = {name.replace("vae", "decode").removesuffix("_batch") for name in config.memory.automatic}
     given = dict(zip(limits, (config.memory.rollout_batch, config.memory.update_batch, config.memory.vae_batch), strict=True))
     for name in limits:
@@ -456,9 +434,8 @@ def choose(
         given[name] = -(-limits[name] // -(-limits[name] // most))
     if {"rollout", "update"} <= automatic and config.model.dtype != "fp32":
         given["rollout"] = given["update"] = min(given["rollout"], given["update"])
-    batches = tuple(given.values())
-    planned = estimate(config, traced, prompts, pairs, ranks.world, on_gpu, batches).peak
-    return Chosen(*batches, free, planned)
+    micro = tuple(given.values())
+    return Chosen(*micro, free, planned=estimate(batches, traced, prompts, on_gpu, micro).peak)
 
 
 def with_batches(config: Config, chosen: Chosen) -> Config:

@@ -5,18 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import torch
 
 from fastloop.prompts import Prompt
 from fastloop.rewards import Scores
 
 
-def reward_metrics(rewards: torch.Tensor, scores: Scores, prompts: list[Prompt]) -> dict[str, float]:
-    """Of the rewards, float64 (P, K), their terms (N = P K) and the N prompts."""
+def reward_metrics(scores: Scores, prompts: list[Prompt], images_per_prompt: int) -> dict[str, float]:
+    """Of the scores of N pictures and their N prompts, those of one prompt together."""
+    groups = scores.total.reshape(-1, images_per_prompt)
     metrics = {  # deviations of differences, so that equal rewards give exactly 0
-        "reward/mean": rewards.mean().item(),
-        "reward/std": (rewards - rewards[0, 0]).std(correction=0).item(),
-        "reward/group_std": (rewards - rewards[:, :1]).std(1, correction=0).mean().item(),
+        "reward/mean": float(scores.total.mean()),
+        "reward/std": float((scores.total - scores.total[0]).std()),
+        "reward/group_std": float((groups - groups[:, :1]).std(1).mean()),
     }
     metrics |= {f"reward/{name}": float(values.mean()) for name, values in scores.terms.items()}
     categories = np.array([prompt.metadata.get("category") for prompt in prompts])

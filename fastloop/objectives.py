@@ -1,12 +1,65 @@
-"""What is minimised, per (trajectory, timestep) pair. Pure functions of float32 vectors of one length (B,).
+"""What is minimised, per row (one denoising transition, or one final latent).
 
-``log_prob`` is the mean over the D elements of a latent, as in DDPO; ratio = exp(log_prob - log_prob_old). ``kl`` is the exact
-KL between the policy that sampled and the one that is trained, per element; only ``kl_mask`` looks at it.
+An objective of one's own is an `Objective` in ``OBJECTIVES``; docs/architecture.md has one to copy.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from types import ModuleType
+from typing import TYPE_CHECKING
+
 import torch
+from torch import Tensor
+
+if TYPE_CHECKING:  # the kernels' specification takes the objectives from here
+    from fastloop.config import Config
+    from fastloop.kernels.reference import MicroBatch, PolicyTerms
+
+Outputs = tuple[Tensor, Tensor | None]  # of the denoiser, with the prompt and without
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A policy-gradient loss of the log-prob of a stored transition.
+
+    Attributes:
+        loss: of float32 vectors (B,) (log_prob, log_prob_old, advantage, clip_range, kl), with a gradient for the first.
+            ``log_prob`` is the mean over the D elements of a latent, as in DDPO; ratio = exp(log_prob - log_prob_old).
+        uses_ratio: whether the ratio plays a part: it must then be 1 before the first update, and later passes are unbiased.
+        uses_kl: whether ``kl`` is given, the exact KL between the policy that sampled and the one that is trained, per
+            element; ``clip_range`` then bounds it, else the ratio.
+        fused: whether the Triton kernel has this loss. Where not, it is computed from the fused log-prob.
+        stored_steps: whether rows are transitions of a rollout; else they are its final latents, one for each trained step,
+            and the rollout keeps no others.
+    """
+
+    name: str
+    loss: Callable[[Tensor, Tensor, Tensor, float, Tensor | None], Tensor]
+    uses_ratio: bool = True
+    uses_kl: bool = False
+    fused: bool = False
+    stored_steps: bool = True
+
+    def terms(
+        self, ops: ModuleType, predict: Callable[[Tensor, Tensor], Outputs], batch: MicroBatch, config: Config
+    ) -> tuple[PolicyTerms, Outputs]:
+        """The loss of a micro-batch with its statistics, and the denoiser's outputs that it took.
+
+        Args:
+            ops: what `kernels.backend` gives. predict: of latents float32 (B, ...) and timesteps int64 (B,).
+        """
+        outputs = predict(batch.x_t, batch.timestep)
+        shared = {"guidance": config.sampling.guidance_scale, "clip_range": config.clip_range, "seed": config.seed}
+        if self.fused or not ops.FUSED:
+            return ops.policy_loss(*outputs, batch, objective=self.name, **shared), outputs
+        if self.uses_kl:
+            raise ValueError(f"objective: {self.name} needs the KL, which is fused for kl_mask alone: set kernels=reference")
+        one = replace(batch, advantage=-torch.ones_like(batch.advantage))  # the score function's loss is then the log-prob
+        terms = ops.policy_loss(*outputs, one, objective="score_function", **shared)
+        loss = self.loss(terms.loss, batch.log_prob_old, batch.advantage, config.clip_range, None)
+        return replace(terms, loss=loss), outputs
 
 
 def score_function(log_prob, log_prob_old, advantage, clip_range, kl=None):
@@ -27,7 +80,7 @@ def clip_only(log_prob, log_prob_old, advantage, clip_range, kl=None):
 
 
 def kl_mask(log_prob, log_prob_old, advantage, clip_range, kl):
-    """-rho A, but no gradient for a pair whose KL is over the bound and which would move further away (Flow-DPPO).
+    """-rho A, but no gradient for a row whose KL is over the bound and which would move further away (Flow-DPPO).
 
     The policy moves away where A > 0 and rho > 1, or A < 0 and rho < 1.
     """
@@ -36,7 +89,15 @@ def kl_mask(log_prob, log_prob_old, advantage, clip_range, kl):
     return torch.where((kl > clip_range) & further, loss.detach(), loss)
 
 
-OBJECTIVES = {"score_function": score_function, "clipped": clipped, "clip_only": clip_only, "kl_mask": kl_mask}
+OBJECTIVES = {
+    objective.name: objective
+    for objective in (
+        Objective("score_function", score_function, uses_ratio=False, fused=True),
+        Objective("clipped", clipped, fused=True),
+        Objective("clip_only", clip_only, fused=True),
+        Objective("kl_mask", kl_mask, uses_kl=True, fused=True),
+    )
+}
 
 
 def gaussian_kl(mean: torch.Tensor, mean_reference: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:

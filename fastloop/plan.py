@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ import numpy as np
 import torch
 
 from fastloop import kernels
+from fastloop.batches import Batches, trained_steps
 from fastloop.config import Config, MemoryConfig, load_config
 from fastloop.denoisers import build_skeleton
 from fastloop.denoisers.base import Denoiser
@@ -18,23 +18,19 @@ from fastloop.engines.deepspeed import deepspeed_problem, deepspeed_settings
 from fastloop.engines.torch import pick_device
 from fastloop.errors import UserError
 from fastloop.machine import compiler_problem, flash_problem
-from fastloop.memory import Chosen, Estimate, Traced, choose, estimate, free_bytes, probed_factor, sizes, with_batches
+from fastloop.memory import Chosen, Estimate, Traced, choose, estimate, free_bytes, probed_factor, with_batches
 from fastloop.optimizers import optimizer_problem
 from fastloop.prompts import Prompt, load_prompts, prompt_facts
 from fastloop.ranks import ALONE, Ranks
 from fastloop.rewards import Rewards
-from fastloop.rollout import kept_steps, sampler_table, trained_steps
+from fastloop.rollout import sampler_table
 from fastloop.tracking import tracking_packages
 from fastloop.transitions import TransitionTable
 
 
-def derived_lines(config: Config, steps_trained: torch.Tensor, world: int = 1) -> list[str]:
-    """The arithmetic of an iteration, as the trainer runs it on so many ranks."""
-    n, kept = config.images_per_rollout, kept_steps(steps_trained, config.timestep_fraction)
-    pairs = n * kept
-    per_pass = config.updates_per_rollout // config.passes_per_rollout
-    per_update = sorted({len(part) for part in torch.arange(pairs).tensor_split(per_pass)})
-    micro = math.ceil(per_update[-1] / (world * config.memory.update_batch))
+def derived_lines(batches: Batches) -> list[str]:
+    """The arithmetic of an iteration, as the trainer runs it."""
+    config, n, kept, micro = batches.config, batches.config.images_per_rollout, batches.kept, batches.micro_batches
     branches = 1 if config.sampling.guidance_scale == 1 else 2
     rollout_forwards = branches * config.sampling.steps
     update_forwards = branches * kept * config.passes_per_rollout
@@ -43,10 +39,12 @@ def derived_lines(config: Config, steps_trained: torch.Tensor, world: int = 1) -
         *([f"engine       {_engine_text(config)}"] if config.engine.name == "deepspeed" else []),
         f"rollout      {config.prompts_per_step} prompts x {config.images_per_prompt} images = {n} trajectories of "
         f"{config.sampling.steps} steps, at most {min(config.memory.rollout_batch, n)} at a time",
-        f"pairs        {n} trajectories x {kept} of {len(steps_trained)} trainable steps = {pairs} a pass, "
+        f"pairs        {n} trajectories x {kept} of {len(batches.steps)} trainable steps = {batches.rows} a pass, "
         f"{config.passes_per_rollout} pass{'es' if config.passes_per_rollout > 1 else ''}",
-        f"updates      {config.updates_per_rollout} optimizer steps of {' or '.join(map(str, per_update))} pairs, each in "
-        f"{micro} micro-batch{'es' if micro > 1 else ''} of at most {min(config.memory.update_batch, per_update[-1])}",
+        f"updates      {config.updates_per_rollout} optimizer steps of "
+        f"{' or '.join(map(str, sorted(set(batches.update_rows))))} pairs, each in "
+        f"{micro} micro-batch{'es' if micro > 1 else ''} of at most "
+        f"{min(config.memory.update_batch, batches.largest_update)}",
         f"work         per image: {rollout_forwards} UNet forwards in the rollout, {update_forwards} forwards and backwards "
         f"in the updates",
         f"in all       {config.iterations} iterations, {config.iterations * n:,} images, "
@@ -66,12 +64,6 @@ def _engine_text(config: Config) -> str:
     return ", ".join(parts)
 
 
-def largest_update(config: Config, steps_trained: torch.Tensor) -> int:
-    """(trajectory, timestep) pairs of the largest update."""
-    pairs = config.images_per_rollout * kept_steps(steps_trained, config.timestep_fraction)
-    return -(-pairs * config.passes_per_rollout // config.updates_per_rollout)
-
-
 def plan(config: Config, ranks: int = 1, gpu: bool = False, it_per_s: float | None = None) -> list[str]:
     """Lines of text for a configuration. Reads configs and prompts, loads no weights.
 
@@ -89,7 +81,7 @@ def plan(config: Config, ranks: int = 1, gpu: bool = False, it_per_s: float | No
     checked.rewards.close()
     checked.eval_rewards.close()
     lines = overview(checked, ranks)
-    lines += [] if it_per_s is None else time_lines(config, checked.steps_trained, ranks, it_per_s)
+    lines += [] if it_per_s is None else time_lines(checked.batches(ranks), it_per_s)
     lines += ["", *_parameter_lines(config, checked.skeleton)]
     return lines + _memory_lines(config, checked, ranks, gpu or checked.device.type == "cuda")
 
@@ -102,7 +94,7 @@ def overview(checked: Checked, ranks: int = 1) -> list[str]:
     return [
         f"model        {name}, {config.model.adapter}, {config.model.dtype}, {width} x {height} pixels",
         prompts_line(checked.prompts, checked.eval_prompts),
-        *derived_lines(config, checked.steps_trained, ranks),
+        *derived_lines(checked.batches(ranks)),
     ]
 
 
@@ -117,13 +109,13 @@ def prompts_line(prompts: list[Prompt], eval_prompts: list[Prompt]) -> str:
     return f"{line}, {which} training prompts too: the score is not held out (set eval.prompts.source to others)"
 
 
-def time_lines(config: Config, steps_trained: torch.Tensor, ranks: int, it_per_s: float) -> list[str]:
+def time_lines(batches: Batches, it_per_s: float) -> list[str]:
     """Seconds of an iteration in the UNet, from its forwards a second at batch 1.
 
     A backward costs two forwards, or one where only adapters are trained, since the frozen weights get no gradients;
     checkpointing adds the forward that is done again. Rewards, decoding and the optimizer are not in it.
     """
-    n, kept = config.images_per_rollout, kept_steps(steps_trained, config.timestep_fraction)
+    config, n, kept, ranks = batches.config, batches.config.images_per_rollout, batches.kept, batches.world
     branches = 1 if config.sampling.guidance_scale == 1 else 2
     backward = (1 if config.model.adapter == "lora" else 2) + (1 if config.memory.gradient_checkpointing else 0)
     rollout = n * config.sampling.steps * branches / (it_per_s * ranks)
@@ -152,6 +144,10 @@ class Checked:
     asked: MemoryConfig  # as it was given
     chosen: Chosen | None  # those that were chosen just now, and from what
     traced: Traced | None  # what they were chosen by; the skeleton is then its
+
+    def batches(self, ranks: int) -> Batches:
+        """The arithmetic of an iteration on so many ranks."""
+        return Batches(self.config, self.steps_trained, ranks)
 
 
 def check_device(config: Config, local_rank: int = 0) -> torch.device:
@@ -215,7 +211,7 @@ def check(config: Config, ranks: Ranks = ALONE, resume: bool = False, gpu: bool 
     texts = distinct_texts(config, prompts, eval_prompts)
     config, chosen, traced = _settle(config, skeleton, steps_trained, texts, device, ranks, resume, gpu)
     if config.engine.name == "deepspeed":
-        deepspeed_settings(config, ranks.world, largest_update(config, steps_trained), 1)
+        deepspeed_settings(Batches(config, steps_trained, ranks.world), 1)
     own = config.eval.rewards
     rewards = Rewards(config.rewards, prompts, size, normalize=True)
     eval_key = "eval.rewards" if own else "rewards, on eval.prompts"
@@ -250,10 +246,10 @@ def _settle(config: Config, skeleton: Denoiser, steps_trained, texts: int, devic
     if earlier and not earlier.memory.automatic:
         kept = {name: getattr(earlier.memory, name) for name in config.memory.automatic}
         return config.model_copy(update={"memory": config.memory.model_copy(update=kept)}), None, None
-    on_gpu, pairs = gpu or device.type == "cuda", largest_update(config, steps_trained)
+    on_gpu, batches = gpu or device.type == "cuda", Batches(config, steps_trained, ranks.world)
     traced = Traced(config, skeleton, accumulates=True, on_gpu=on_gpu)
     free = free_bytes(device, int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world)))
-    chosen = choose(config, traced, texts, pairs, ranks, on_gpu, free)
+    chosen = choose(batches, traced, texts, ranks, on_gpu, free)
     return with_batches(config, chosen), chosen, traced
 
 
@@ -266,11 +262,11 @@ def confirm(checked: Checked, denoiser: Denoiser, ranks: Ranks) -> tuple[Config,
     config, chosen, traced = checked.config, checked.chosen, checked.traced
     factor = float(ranks.gather(np.array(probed_factor(denoiser, config, traced))).max())
     if factor > 1.0:
-        pairs = largest_update(config, checked.steps_trained)
         texts = distinct_texts(config, checked.prompts, checked.eval_prompts)
         auto = config.model_copy(update={"memory": checked.asked})
         on_gpu = checked.device.type == "cuda"
-        chosen = choose(auto, traced, texts, pairs, ranks, on_gpu, chosen.free, factor)
+        batches = Batches(auto, checked.steps_trained, ranks.world)
+        chosen = choose(batches, traced, texts, ranks, on_gpu, chosen.free, factor)
     return with_batches(config, chosen), asdict(chosen) | {"probed_factor": factor}
 
 
@@ -293,10 +289,10 @@ def memory(config: Config, ranks: int = 1, gpu: bool = False) -> Estimate:
 
 
 def _estimate(config: Config, checked: Checked, ranks: int, on_gpu: bool) -> tuple[Estimate, Traced]:
-    pairs = largest_update(config, checked.steps_trained)
-    traced = checked.traced or Traced(config, checked.skeleton, pairs > ranks * config.memory.update_batch, on_gpu)
+    batches = Batches(config, checked.steps_trained, ranks)
+    traced = checked.traced or Traced(config, checked.skeleton, batches.micro_batches > 1, on_gpu)
     texts = distinct_texts(config, checked.prompts, checked.eval_prompts)
-    return estimate(config, traced, texts, pairs, ranks, on_gpu), traced
+    return estimate(batches, traced, texts, on_gpu), traced
 
 
 def distinct_texts(config: Config, prompts: list[Prompt], eval_prompts: list[Prompt]) -> int:
@@ -317,7 +313,7 @@ def _memory_lines(config: Config, checked: Checked, ranks: int, on_gpu: bool) ->
         lines += ["in the host's memory", *(f"  {name:<26}{size_text(size):>12}" for name, size in found.host.items())]
     lines.append("not counted: work space of operators, the allocator's slack, the reward's own model")
     lines.append("activations by memory.gradient_checkpointing")
-    batch = sizes(config, largest_update(config, checked.steps_trained), ranks)[1]
+    batch = Batches(config, checked.steps_trained, ranks).update
     own = traced.update
     for choice in (False, True):
         getattr(checked.skeleton.unet, f"{'enable' if choice else 'disable'}_gradient_checkpointing")()

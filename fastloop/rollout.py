@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from fastloop import kernels
-from fastloop.config import Config, ModelConfig, SamplingConfig
+from fastloop.config import ModelConfig, SamplingConfig
 from fastloop.denoisers import family, read_json, source
 from fastloop.denoisers.base import upload
 from fastloop.errors import RewardFailed, UserError
@@ -25,8 +26,8 @@ class Trajectories:
     """N trajectories of T steps; trajectories p K to p K + K - 1 belong to prompt p.
 
     Attributes:
-        latents: float32 (T + 1, N, C, H, W), x_T first, on the device or in the host's memory; empty where the rollout was
-            only for its images.
+        latents: float32 (T + 1, N, C, H, W), x_T first, on the device or in the host's memory; (1, N, C, H, W), x_0 alone, for
+            objectives that take no stored steps; empty where the rollout was only for its images.
         log_probs: float32 (T, N), the mean over the latent's elements.
         prompts: N prompts. ids: int64 (N,), the trajectory numbers that key the noise.
         images: uint8 (N, height, width, 3).
@@ -38,16 +39,74 @@ class Trajectories:
     ids: torch.Tensor
     images: np.ndarray
 
-    def pairs(self, at: torch.Tensor, i: torch.Tensor, step: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """x_t and x_{t-1}, float32 (B, C, H, W) on the device, of (trajectory, step) pairs.
+    def transitions(self, steps: torch.Tensor) -> Transitions:
+        """Each trajectory with each of these steps (int64 (S,)): N S rows, those of a trajectory together.
 
-        Args:
-            at: int64 (B, 2), on the host. i, step: its columns, on the device.
+        Where only the final latents are there, they are both states of every row.
         """
-        if self.latents.device == i.device:
-            return self.latents[step, i], self.latents[step + 1, i]
-        i, step, device = *at.unbind(1), i.device
-        return upload(self.latents[step, i], device), upload(self.latents[step + 1, i], device)
+        n, only_final = len(self.prompts), len(self.latents) == 1
+        trajectory, step = torch.arange(n).repeat_interleave(len(steps)), steps.cpu().repeat(n)
+        first = torch.zeros_like(step) if only_final else step
+        return Transitions(
+            states=self.latents.flatten(0, 1),
+            trajectory=trajectory,
+            step=step,
+            state=first * n + trajectory,
+            next_state=(first + (not only_final)) * n + trajectory,
+            log_prob=self.log_probs.T[:, steps.to(self.log_probs.device)].flatten(),
+            ids=self.ids,
+        )
+
+
+@dataclass(frozen=True)
+class At:
+    """Where B rows stand, int64 (B,) each, on the device; and the same columns (B, 5) on the host."""
+
+    row: torch.Tensor
+    trajectory: torch.Tensor
+    step: torch.Tensor
+    state: torch.Tensor
+    next_state: torch.Tensor
+    on_host: torch.Tensor
+
+
+@dataclass
+class Transitions:
+    """What updates draw from: a table with one denoising transition a row. States are stored once, however rows share them.
+
+    Attributes:
+        states: float32 (M, C, H, W), latents on the device or in the host's memory.
+        trajectory, step, state, next_state: int64 (R,), on the host: whose advantage and prompt a row has, its step of the
+            sampler, and the states before and after it.
+        log_prob: float32 (R,), at the rollout. ids: int64, the numbers of the trajectories, which key the noise.
+    """
+
+    states: torch.Tensor
+    trajectory: torch.Tensor
+    step: torch.Tensor
+    state: torch.Tensor
+    next_state: torch.Tensor
+    log_prob: torch.Tensor
+    ids: torch.Tensor
+
+    def __post_init__(self) -> None:
+        self._columns = torch.stack([torch.arange(len(self.step)), self.trajectory, self.step, self.state, self.next_state], 1)
+
+    def __len__(self) -> int:
+        return len(self.step)
+
+    def at(self, rows: torch.Tensor) -> At:
+        """Where rows (int64 (B,), on the host) stand, in one copy to the device that the host does not wait for."""
+        chosen = self._columns[rows]
+        return At(*upload(chosen, self.log_prob.device).unbind(1), on_host=chosen)
+
+    def latents(self, at: At) -> tuple[torch.Tensor, torch.Tensor]:
+        """The latents before and after the step of each row, float32 (B, C, H, W), on the device."""
+        device = at.row.device
+        if self.states.device == device:
+            return self.states[at.state], self.states[at.next_state]
+        before, after = at.on_host[:, 3:].unbind(1)
+        return upload(self.states[before], device), upload(self.states[after], device)
 
 
 class Texts:
@@ -62,15 +121,11 @@ class Texts:
         self._row = torch.tensor([number[prompt] for prompt in prompts], device=denoiser.device)
         self._cond, self._uncond = denoiser.encode(distinct, sampling)
 
-    def of(self, at: torch.Tensor, i: torch.Tensor):
-        """What `predict` takes as ``cond`` and ``uncond`` for (trajectory, step) pairs.
-
-        Args:
-            at: int64 (B, 2), on the host. i: its trajectories, on the device.
-        """
+    def of(self, at: At):
+        """What `predict` takes as ``cond`` and ``uncond`` for rows."""
         if self.denoiser.trains_text:
-            return self.denoiser.encode([self.prompts[k] for k in at[:, 0].tolist()], self.sampling)
-        row = self._row[i]
+            return self.denoiser.encode([self.prompts[k] for k in at.on_host[:, 1].tolist()], self.sampling)
+        row = self._row[at.trajectory]
         return self._cond[row], None if self._uncond is None else self._uncond[row]
 
 
@@ -86,14 +141,15 @@ def rollout(
     batch: int,
     vae_batch: int,
     backend: str,
-    keep_latents: bool = True,
+    keep: Literal["all", "final", "none"] = "all",
     trajectories_on: str = "device",
     on_images: Callable[[int, np.ndarray], None] = lambda start, images: None,
     on_step: Callable[[int], None] = lambda trajectories: None,
 ) -> Trajectories:
     """Samples one trajectory for each prompt and number, ``batch`` at a time. The host waits for the device once a batch.
 
-    ``trajectories_on`` is ``memory.trajectories``: with ``host`` the latents are copied beside the work, into pinned memory.
+    ``keep`` says which latents are kept: those of all steps, the final ones, or none. ``trajectories_on`` is
+    ``memory.trajectories``: with ``host`` the latents are copied beside the work, into pinned memory.
     ``on_images(start, images)`` is called as soon as a batch is decoded, so that rewards run beside the next one;
     ``on_step(n)`` after each denoising step of n trajectories, for progress bars and for leaving early.
     """
@@ -102,7 +158,7 @@ def rollout(
     a, b, sigma = (column.float().to(device) for column in (table.a, table.b, table.sigma))
     timesteps, ids = table.timesteps.to(device), ids.to(device)
     shape = denoiser.latent_shape(sampling.height, sampling.width)
-    stored = (len(table) + 1, len(prompts), *shape) if keep_latents else (0,)
+    stored = {"all": (len(table) + 1, len(prompts), *shape), "final": (1, len(prompts), *shape), "none": (0,)}[keep]
     on_host = trajectories_on == "host" and device.type != "cpu"
     latents = torch.empty(stored, pin_memory=device.type == "cuda") if on_host else torch.empty(stored, device=device)
     if not denoiser.trains_text:
@@ -115,7 +171,7 @@ def rollout(
         n = len(number)
         cond, uncond = denoiser.encode(prompts[chunk], sampling)
         x = ops.initial_noise(seed, number, shape)
-        if keep_latents:
+        if keep == "all":
             latents[0, chunk].copy_(x, non_blocking=True)
         for step in range(len(table)):
             outputs = denoiser.predict(x, timesteps[step].expand(n), cond, uncond)
@@ -123,9 +179,11 @@ def rollout(
             x, log_probs[step, chunk] = ops.sample_transition(
                 *outputs, x, *coefficients, sampling.guidance_scale, seed, number, step
             )
-            if keep_latents:
+            if keep == "all":
                 latents[step + 1, chunk].copy_(x, non_blocking=True)
             on_step(n)
+        if keep == "final":
+            latents[0, chunk].copy_(x, non_blocking=True)
         images.append(denoiser.decode(x, vae_batch))  # waits for the device, so that latents on the host are there too
         on_images(start, images[-1])
     return Trajectories(latents, log_probs, prompts, ids, np.concatenate(images))
@@ -203,27 +261,3 @@ def sampler_table(model: ModelConfig, sampling: SamplingConfig, steps: int | Non
         return transition_table(scheduler, steps or sampling.steps, sampling.eta)
     except (ValueError, TypeError) as error:
         raise UserError(f"the scheduler of model.path={path}: {error}") from None
-
-
-def trained_steps(table: TransitionTable, config: Config) -> torch.Tensor:
-    """Indices (int64) of the steps that updates draw from: those with noise, less the last ``last_steps.drop``.
-
-    Raises:
-        UserError: no step is left, or fewer (trajectory, timestep) pairs than updates.
-    """
-    steps = torch.nonzero(table.trainable)[:, 0]
-    steps = steps[: len(steps) - config.last_steps.drop]
-    if len(steps) == 0:
-        raise UserError(f"sampling.steps: none of {len(table)} steps can be trained: raise it or lower last_steps.drop")
-    pairs = config.passes_per_rollout * config.images_per_rollout * kept_steps(steps, config.timestep_fraction)
-    if config.updates_per_rollout > pairs:
-        raise UserError(
-            f"updates_per_rollout: {config.updates_per_rollout} updates, but a rollout has only {pairs} (trajectory, "
-            "timestep) pairs: use fewer"
-        )
-    return steps
-
-
-def kept_steps(steps: torch.Tensor, fraction: float) -> int:
-    """How many of the trainable steps one pass takes of each trajectory: ``timestep_fraction`` of them, at least one."""
-    return max(1, round(fraction * len(steps)))

@@ -9,12 +9,15 @@ import bisect
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
+
+from fastloop.config import Config
+from fastloop.observer import Observer
 
 STEPS = 10  # denoising steps and micro-batches that are recorded: a whole iteration of a large model is gigabytes
 # What makes the host wait: the calls of CUDA and HIP, or, where there is no GPU, the operators that would make them on one.
@@ -22,16 +25,7 @@ CALLS = [
     f"{kind}{call}" for kind in ("cuda", "hip") for call in ("StreamSynchronize", "DeviceSynchronize", "EventSynchronize")
 ]
 OPERATORS = ["aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::_unique2", "aten::equal"]
-LABELS = {
-    "rollout": "_rollout",
-    "update": "_update",
-    "gradients": "_add_gradients",
-    "encode": "denoiser.encode",
-    "UNet forward": "denoiser.predict",
-    "decode": "denoiser.decode",
-    "backward": "engine.backward",
-    "optimizer step": "engine.step",
-}
+LABELS = ("rollout", "update", "gradients", "encode", "predict", "decode", "backward", "step")  # phases that are recorded
 
 
 @dataclass(frozen=True)
@@ -44,93 +38,54 @@ class Waits:
     micro_batches: int
 
 
-class Recording:
-    """What is recorded of an iteration: the first steps of the rollout and of the update, decoding, the optimizer."""
+class Profile(Observer):
+    """Profiles the second iteration of a session, or its last if there are fewer, into RUN/profile.
 
-    def __init__(self, device: torch.device) -> None:
-        self.activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * (device.type == "cuda")]
+    Recorded are the first steps of its rollout and of its update, decoding and the optimizer.
+
+    Attributes:
+        seconds: of every call, by phase.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.folder, self.last = Path(config.output_dir).expanduser() / "profile", config.iterations
+        self.activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * torch.cuda.is_available()]
         self.profile = profile(activities=self.activities)
-        self.on, self.steps = True, 0
-        self.seconds: dict[str, list[float]] = defaultdict(list)  # of every call, by label
-        self.before = {
-            "UNet forward": self._step,
-            "update": self._restart,
-            "decode": self._go_on,
-            "optimizer step": self._go_on,
-        }
+        self.seen = self.number = 0  # iterations of this session, the number of the one under way
+        self.running, self.on, self.steps = False, True, 0
+        self.seconds: dict[str, list[float]] = defaultdict(list)
+
+    def on_iteration(self, number: int) -> None:
+        self.seen, self.number = self.seen + 1, number
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        if name == "rollout" and (self.seen == 2 or (self.seen == 1 and self.number == self.last)):
+            self.profile.start()
+            self.running = True
+        if not self.running or name not in LABELS:
+            yield
+            return
+        if name == "update":
+            self.steps = 0
+        if name == "predict":
+            self.steps += 1
+            self._switch(self.steps <= STEPS)
+        elif name in ("update", "decode", "step"):
+            self._switch(True)
+        started = time.perf_counter()
+        with record_function(name):
+            yield
+        self.seconds[name].append(time.perf_counter() - started)
+        if name == "update":
+            self.running = False
+            self.profile.stop()
+            write(self, f"iteration {self.number}")
 
     def _switch(self, on: bool) -> None:
         if on != self.on:
             self.profile.toggle_collection_dynamic(on, self.activities)
         self.on = on
-
-    def _step(self) -> None:
-        self.steps += 1
-        self._switch(self.steps <= STEPS)
-
-    def _restart(self) -> None:
-        self.steps = 0
-        self._switch(True)
-
-    def _go_on(self) -> None:
-        self._switch(True)
-
-
-def profile_iteration(trainer, iteration: int = 1) -> Path:
-    """Has a trainer profile one iteration of this session (0 is the first, which warms up), or its last if there are fewer.
-
-    Returns:
-        The folder that trace.json and top.txt will be in.
-    """
-    chosen = min(trainer.iteration + iteration, trainer.config.iterations - 1)
-    folder = trainer.folder / "profile"
-    rollout, stack = trainer._rollout, ExitStack()
-
-    def begin(*args):
-        if trainer.iteration != chosen:
-            return rollout(*args)
-        del trainer._rollout
-        recording = Recording(trainer.device)
-        for label, path in LABELS.items():
-            stack.enter_context(labelled(trainer, path, label, recording))
-        update = trainer._update
-
-        def end(*args):
-            metrics = update(*args)
-            stack.close()
-            write(recording, folder, f"iteration {chosen + 1}")
-            return metrics
-
-        trainer._update = end
-        stack.enter_context(recording.profile)
-        return trainer._rollout(*args)
-
-    trainer._rollout = begin
-    return folder
-
-
-@contextmanager
-def labelled(owner, path: str, label: str, recording: Recording) -> Iterator[None]:
-    """Within it the calls of a method are timed and carry a label in the profile; ``path`` leads from ``owner`` to it."""
-    *parts, name = path.split(".")
-    for part in parts:
-        owner = getattr(owner, part)
-    method, before = getattr(owner, name), recording.before.get(label)
-
-    def called(*args, **kwargs):
-        if before is not None:
-            before()
-        started = time.perf_counter()
-        with record_function(label):
-            result = method(*args, **kwargs)
-        recording.seconds[label].append(time.perf_counter() - started)
-        return result
-
-    setattr(owner, name, called)
-    try:
-        yield
-    finally:
-        delattr(owner, name)
 
 
 def count_waits(events) -> Waits:
@@ -154,7 +109,7 @@ def count_waits(events) -> Waits:
         return holds
 
     rollout, encode, decode, gradients = map(inside, ("rollout", "encode", "decode", "gradients"))
-    forwards = [e for e in spans["UNet forward"] if rollout(e)]
+    forwards = [e for e in spans["predict"] if rollout(e)]
     first = min((e.time_range.start for e in forwards), default=0)
     last = max((e.time_range.end for e in forwards), default=0)
     in_rollout = [e for e in waits if first <= e.time_range.start <= last and not encode(e) and not decode(e)]
@@ -164,10 +119,10 @@ def count_waits(events) -> Waits:
     )
 
 
-def write(recording: Recording, folder: Path, title: str) -> None:
+def write(recording: Profile, title: str) -> None:
     """Writes trace.json and top.txt."""
+    folder, found = recording.folder, recording.profile
     folder.mkdir(exist_ok=True)
-    found = recording.profile
     found.export_chrome_trace(str(folder / "trace.json"))
     waits, averages = count_waits(found.events()), found.key_averages()
     lines = [f"{title}, profiled (slower than others)", ""]

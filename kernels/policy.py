@@ -20,11 +20,11 @@ from fastloop.objectives import OBJECTIVES
 
 from . import gaussian
 from .gaussian import BLOCK, EXACT, NOISE_BLOCK, ROWS, SPLITS
-from .reference import STATISTICS, PolicyTerms
+from .reference import STATISTICS, MicroBatch, PolicyTerms
 
 SCORE_FUNCTION, CLIPPED, CLIP_ONLY, KL_MASK = (tl.constexpr(i) for i in range(4))
 _NUMBER = {name: i for i, name in enumerate(("score_function", "clipped", "clip_only", "kl_mask"))}
-assert _NUMBER.keys() == OBJECTIVES.keys()
+assert _NUMBER.keys() == {name for name, objective in OBJECTIVES.items() if objective.fused}
 
 
 @triton.jit
@@ -367,34 +367,27 @@ _policy_loss.register_autograd(_backward, setup_context=_setup_context)
 def policy_loss(
     cond: Tensor,
     uncond: Tensor | None,
-    x_t: Tensor,
-    x_prev: Tensor,
-    a: Tensor,
-    b: Tensor,
-    sigma: Tensor,
+    batch: MicroBatch,
+    *,
     guidance: float,
-    log_prob_old: Tensor,
-    advantage: Tensor,
     clip_range: float,
     objective: str,
     seed: int = 0,
-    trajectory: Tensor | None = None,
-    step: Tensor | None = None,
 ) -> PolicyTerms:
-    """The policy-gradient loss of (trajectory, timestep) pairs, as ``reference.policy_loss``: two launches, one backward.
+    """The policy-gradient loss of a micro-batch, as ``reference.policy_loss``: two launches, one backward.
 
     Raises:
-        ValueError: an argument has the wrong shape, dtype or device, or the objective is unknown.
+        ValueError: an argument has the wrong shape, dtype or device, or the objective is not fused.
     """
     if objective not in _NUMBER:
         raise ValueError(f"objective: {objective!r}: one of {', '.join(_NUMBER)}")
-    if objective == "kl_mask" and (trajectory is None or step is None):
+    if objective == "kl_mask" and (batch.trajectory is None or batch.step is None):
         raise ValueError("kl_mask: needs trajectory and step, which key the noise that sampled x_prev")
-    rows = {"a": a, "b": b, "sigma": sigma, "log_prob_old": log_prob_old, "advantage": advantage}
-    rows |= {"trajectory": trajectory, "step": step}
-    gaussian.check({"x_t": x_t, "x_prev": x_prev}, {"cond": cond, "uncond": uncond}, rows)
+    vectors = ("a", "b", "sigma", "log_prob_old", "advantage", "trajectory", "step")
+    of_rows = {name: getattr(batch, name) for name in vectors}
+    gaussian.check({"x_t": batch.x_t, "x_prev": batch.x_prev}, {"cond": cond, "uncond": uncond}, of_rows)
     loss, log_prob, ratio, _, statistics = _policy_loss(
-        cond, uncond, x_t, x_prev, a, b, sigma, float(guidance), log_prob_old, advantage, float(clip_range), objective,
-        gaussian.signed(seed), trajectory, step,
+        cond, uncond, batch.x_t, batch.x_prev, batch.a, batch.b, batch.sigma, float(guidance), batch.log_prob_old,
+        batch.advantage, float(clip_range), objective, gaussian.signed(seed), batch.trajectory, batch.step,
     )  # fmt: skip
     return PolicyTerms(loss, log_prob, ratio, statistics)

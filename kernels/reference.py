@@ -22,6 +22,7 @@ import torch
 
 from fastloop.objectives import OBJECTIVES
 
+FUSED = False  # whether only some objectives are there, as in the Triton module; here any is computed from the log-prob
 INITIAL = 2**32 - 1  # the step number under which x_T is drawn
 _MASK = 0xFFFFFFFF
 _ROUND_A, _ROUND_B, _KEY_A, _KEY_B = 0xD2511F53, 0xCD9E8D57, 0x9E3779B9, 0xBB67AE85
@@ -30,6 +31,31 @@ _ROUND_A, _ROUND_B, _KEY_A, _KEY_B = 0xD2511F53, 0xCD9E8D57, 0x9E3779B9, 0xBB67A
 # of a micro-batch, float32: pairs out of the trust region with a ratio above and below 1, the sums of (log ratio)^2 / 2 and of
 # the ratios, the largest |ratio - 1|
 STATISTICS = ("clipped_high", "clipped_low", "approx_kl", "ratio", "ratio_max_dev")
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """B rows of a rollout, one denoising transition each: what a loss needs of them beside the denoiser's outputs.
+
+    Attributes:
+        x_t, x_prev: float32 (B, ...), the latents before and after the step, as stored.
+        a, b, sigma: float32 (B,), the step's mean is a x_t + b m for a guided output m.
+        log_prob_old: float32 (B,), at the rollout. advantage: float32 (B,).
+        trajectory, step: int64 (B,), what keyed the noise of x_prev; only a KL to the policy that sampled needs them.
+        timestep: int64 (B,), what the denoiser is called with. weight: float32 (B,), factor of the loss.
+    """
+
+    x_t: torch.Tensor
+    x_prev: torch.Tensor
+    a: torch.Tensor
+    b: torch.Tensor
+    sigma: torch.Tensor
+    log_prob_old: torch.Tensor
+    advantage: torch.Tensor
+    trajectory: torch.Tensor | None = None
+    step: torch.Tensor | None = None
+    timestep: torch.Tensor | None = None
+    weight: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -109,36 +135,29 @@ def sample_transition(
 def policy_loss(
     cond: torch.Tensor,
     uncond: torch.Tensor | None,
-    x_t: torch.Tensor,
-    x_prev: torch.Tensor,
-    a: torch.Tensor,
-    b: torch.Tensor,
-    sigma: torch.Tensor,
+    batch: MicroBatch,
+    *,
     guidance: float,
-    log_prob_old: torch.Tensor,
-    advantage: torch.Tensor,
     clip_range: float,
     objective: str,
     seed: int = 0,
-    trajectory: torch.Tensor | None = None,
-    step: torch.Tensor | None = None,
 ) -> PolicyTerms:
-    """The policy-gradient loss of (trajectory, timestep) pairs, with gradients for ``cond`` and ``uncond``.
+    """The policy-gradient loss of a micro-batch, with gradients for ``cond`` and ``uncond``.
 
     Args:
-        cond, uncond, x_t, a, b, sigma, guidance: as in ``sample_transition``; x_prev: float32 (B, ...), as stored.
-        log_prob_old, advantage: float32 (B,). objective: a key of ``fastloop.objectives.OBJECTIVES``.
-        seed, trajectory, step: int64 (B,), what keyed the noise of x_prev; only ``kl_mask`` needs them.
+        cond, uncond, guidance: as in ``sample_transition``. objective: a key of ``fastloop.objectives.OBJECTIVES``.
+        seed: of the noise; only where the objective looks at the KL.
     """
-    mean = transition_mean(cond, uncond, x_t, a, b, guidance)
+    x_t, x_prev, sigma = batch.x_t, batch.x_prev, batch.sigma
+    mean = transition_mean(cond, uncond, x_t, batch.a, batch.b, guidance)
     log_prob = _log_prob(mean, x_prev, sigma)
-    kl = None
-    if objective == "kl_mask":
+    kl, chosen = None, OBJECTIVES[objective]
+    if chosen.uses_kl:
         # the mean that sampled is x' - sigma z, and z can be drawn again: nothing of it was stored
-        noise = normal(seed, trajectory, step, x_t[0].numel()).view_as(x_t)
+        noise = normal(seed, batch.trajectory, batch.step, x_t[0].numel()).view_as(x_t)
         kl = (0.5 * _mean_square(mean.detach() - (x_prev - _expand(sigma, mean) * noise), sigma)).float()
-    loss = OBJECTIVES[objective](log_prob, log_prob_old, advantage, clip_range, kl)
-    change = log_prob.detach() - log_prob_old
+    loss = chosen.loss(log_prob, batch.log_prob_old, batch.advantage, clip_range, kl)
+    change = log_prob.detach() - batch.log_prob_old
     ratio = change.exp()
     if kl is None:
         high, low = ratio > 1 + clip_range, ratio < 1 - clip_range

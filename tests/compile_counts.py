@@ -1,11 +1,11 @@
-"""For tests of compiled UNets: a trainer that counts, and a backend without the C++ compiler, which would take minutes."""
+"""For tests of compiled UNets: an observer that counts, and a backend without the C++ compiler, which would take minutes."""
 
 import functools
 
 import torch
 from torch._dynamo.utils import counters
 
-from fastloop.trainer import Trainer
+from fastloop.observer import Observer
 
 traced_calls = 0
 
@@ -32,20 +32,17 @@ def forget() -> None:
     traced_calls = 0
 
 
-class Counting(Trainer):
+class Counts(Observer):
     """``counts``, after each iteration: graphs compiled so far, calls of traced ones, and of the UNet."""
 
-    def __init__(self, *args) -> None:
-        super().__init__(*args)
-        self.forwards, self.counts = 0, []
-        predict = self.denoiser.predict
+    def __init__(self) -> None:
+        self.forwards, self.counts, self.begun = 0, [], False
 
-        def counted(*args):
-            self.forwards += 1
-            return predict(*args)
+    def phase(self, name: str):
+        self.forwards += name == "predict"
+        return super().phase(name)
 
-        self.denoiser.predict = counted
-
-    def _log(self, metrics) -> None:
-        self.counts.append([counters["stats"]["unique_graphs"], traced_calls, self.forwards])
-        super()._log(metrics)
+    def on_iteration(self, number: int) -> None:
+        if self.begun:
+            self.counts.append([counters["stats"]["unique_graphs"], traced_calls, self.forwards])
+        self.begun = True

@@ -24,10 +24,14 @@ def rewards(p: int = 5, k: int = 4) -> torch.Tensor:
 
 def advantages_of(name: str, of: torch.Tensor, history: int = 0) -> torch.Tensor:
     """Finished advantages; those of the tracker after so many rollouts of the same rewards."""
-    tracker, prompts = PromptTracker(), [f"prompt {i}" for i in range(len(of))]
+    advantage, prompts = ADVANTAGES[name](), [f"prompt {i}" for i in range(len(of))]
     for _ in range(history):
-        tracker(prompts, of)
-    return finish(tracker(prompts, of) if name == "prompt_tracker" else ADVANTAGES[name](of), None, normalize=False)
+        advantage(prompts, {"reward": of}, {"reward": 1.0})
+    return finish(advantage(prompts, {"reward": of}, {"reward": 1.0}), None, normalize=False)
+
+
+def track(tracker: PromptTracker, prompts: list[str], of: torch.Tensor) -> torch.Tensor:
+    return tracker(prompts, {"reward": of}, {"reward": 1.0})
 
 
 @pytest.mark.parametrize("k", [2, 3, 4, 7])
@@ -98,9 +102,9 @@ def test_batch_advantages_use_the_whole_rollout():
 def test_a_prompt_with_few_rewards_uses_the_rollout_and_a_known_one_its_own_history():
     tracker = PromptTracker(buffer=8, minimum=6)
     first = rewards(2, 4)
-    assert torch.allclose(tracker(["a", "b"], first), batch_norm(first))
+    assert torch.allclose(track(tracker, ["a", "b"], first), batch_norm(first))
     second = rewards(2, 3) + 5
-    advantages = tracker(["a", "c"], second)
+    advantages = track(tracker, ["a", "c"], second)
     seen = torch.cat([first[0], second[0]])  # 7 rewards of "a", within its buffer of 8
     expected = (second[0] - seen.mean()) / (seen.std(correction=0) + EPSILON)
     assert torch.allclose(advantages[0], expected, atol=1e-5)
@@ -109,18 +113,18 @@ def test_a_prompt_with_few_rewards_uses_the_rollout_and_a_known_one_its_own_hist
 
 def test_the_tracker_forgets_what_does_not_fit_its_buffer():
     tracker = PromptTracker(buffer=4, minimum=2)
-    tracker(["a"], torch.tensor([[100.0, 200.0, 300.0, 400.0]]))
+    track(tracker, ["a"], torch.tensor([[100.0, 200.0, 300.0, 400.0]]))
     new = torch.tensor([[1.0, 2.0, 3.0, 4.0]])
     expected = (new - new.mean()) / (new.std(correction=0) + EPSILON)
-    assert torch.allclose(tracker(["a"], new), expected, atol=1e-5)
+    assert torch.allclose(track(tracker, ["a"], new), expected, atol=1e-5)
 
 
 def test_a_restored_tracker_goes_on_as_if_never_stopped():
     one, two = PromptTracker(8, 4), PromptTracker(8, 4)
-    one(["a", "b"], rewards(2, 4))
+    track(one, ["a", "b"], rewards(2, 4))
     two.load_state_dict(one.state_dict())
     later = rewards(2, 3)
-    assert torch.equal(one(["b", "c"], later), two(["b", "c"], later))
+    assert torch.equal(track(one, ["b", "c"], later), track(two, ["b", "c"], later))
     assert one.state_dict() == two.state_dict()
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from fastloop.advantages import finish
+from fastloop.rewards import Scores
 from fastloop.rollout import Texts, Trajectories, gather_scores
 from fastloop.trainer import Trainer
 
@@ -43,7 +44,7 @@ def pair(request, bench, make_config):
     config = make_config(**PPO, model=model, sampling={"guidance_scale": guidance})
     trainer, baseline = Trainer(config), make_baseline(bench, config)
     prompts = trainer.prompts.draw(0, 4)
-    trajectories = trainer._rollout(prompts, torch.arange(4))
+    trajectories = trainer.rollout(prompts, torch.arange(4))
     gather_scores(trainer.rewards, trainer.ranks, 4)
     torch.manual_seed(1)
     with torch.no_grad():
@@ -58,7 +59,8 @@ def test_losses_and_gradients_agree_on_the_same_data(pair):
     i, step = (index.flatten() for index in torch.meshgrid(torch.arange(4), torch.arange(4), indexing="ij"))
     advantages = torch.tensor([1.5, -0.7, 0.2, -5.0])
     own = Texts(trainer.denoiser, trajectories.prompts, trainer.config.sampling)
-    terms, ours, _ = trainer._loss(trajectories, advantages, torch.stack([i, step], 1), own)
+    transitions = trajectories.transitions(torch.arange(4))
+    terms, ours, _ = trainer.update.loss(transitions, advantages[i], torch.arange(16), own)
     text = {name: value[i] for name, value in baseline.encode(trajectories.prompts).items()}
     theirs, logged = baseline.loss(
         trajectories.latents[step, i],
@@ -86,9 +88,9 @@ def test_a_step_that_the_baseline_samples_has_the_log_prob_that_fastloop_gives_i
     latents, log_probs = samples["latents"].transpose(0, 1), samples["log_probs"].T
     replayed = Trajectories(latents, log_probs, prompts, torch.arange(4), samples["images"])
     text = Texts(trainer.denoiser, prompts, trainer.config.sampling)
+    transitions = replayed.transitions(torch.arange(4))
     for step in range(4):
-        at = torch.stack([torch.arange(4), torch.full((4,), step)], 1)
-        terms, *_ = trainer._loss(replayed, torch.zeros(4), at, text)
+        terms, *_ = trainer.update.loss(transitions, torch.zeros(16), torch.arange(4) * 4 + step, text)
         torch.testing.assert_close(terms.log_prob, log_probs[step], rtol=1e-5, atol=1e-5)
 
 
@@ -99,7 +101,7 @@ def test_advantages_agree_before_and_after_a_prompt_is_known(bench, make_config)
     rng = np.random.default_rng(0)
     for _ in range(40):  # more than the tracker remembers
         rewards = rng.normal(10, 3, 4).round(3)
-        ours = trainer._advantages(prompts, torch.tensor(rewards, dtype=torch.float32)[:, None]).flatten()
+        ours = trainer.advantages(prompts, Scores(rewards, {}, {"jpeg_incompressibility": rewards}))
         theirs = finish(baseline.advantages(prompts, rewards), baseline.settings.advantage_clip, normalize=False)
         torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-4)
 
@@ -116,7 +118,7 @@ def test_one_update_on_the_same_data_gives_the_same_weights(bench, make_config, 
     latents, log_probs = samples["latents"].transpose(0, 1), samples["log_probs"].T
     trajectories = Trajectories(latents, log_probs, ["cat", "dog", "deer", "ant"], torch.arange(4), samples["images"])
     samples["advantages"] = torch.tensor([1.5, -0.7, 0.2, -1.0])
-    ours, theirs = trainer._update(trajectories, samples["advantages"]), baseline.update(samples)
+    ours, theirs = trainer.update(trajectories, samples["advantages"], 0), baseline.update(samples)
     assert theirs["approx_kl"] == pytest.approx(ours["policy/approx_kl"], abs=1e-10)
     moved = [
         torch.cat([p.detach().flatten() for p in ps]) - before for ps in (trainer.parameters.values(), baseline.parameters)

@@ -24,7 +24,8 @@ from fastloop.errors import RunFailed, UserError
 from fastloop.evaluation import EVAL_STREAM
 from fastloop.prompts import load_prompts, prompt_facts
 from fastloop.rundir import claim_run_dir, write_run
-from fastloop.trainer import Stopped, Trainer
+from fastloop.stopping import Stopped
+from fastloop.trainer import Trainer
 
 
 @pytest.fixture(autouse=True)

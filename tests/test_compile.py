@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from compile_counts import Counting, compile_as_traced, forget
+from compile_counts import Counts, compile_as_traced, forget
 from conftest import make_sd
 from safetensors.torch import load_file
 from test_deepspeed import distance, equal, train_all, weights, zero
@@ -123,7 +123,7 @@ def test_a_compiled_run_trains_as_an_eager_one_compiles_once_and_goes_on_as_eith
     if traced:
         monkeypatch.setattr(torch, "compile", compile_as_traced)
 
-    def train(name: str, compiled: bool | str, origin: Path | None = None) -> Counting:
+    def train(name: str, compiled: bool | str, origin: Path | None = None) -> Trainer:
         """With an origin: from a copy of that run, as it was when its first iteration was saved."""
         if origin:
             shutil.copytree(origin, tmp_path / name, ignore=shutil.ignore_patterns("iteration-000002", "export"))
@@ -136,13 +136,13 @@ def test_a_compiled_run_trains_as_an_eager_one_compiles_once_and_goes_on_as_eith
             checkpoint={"every": 1, "keep": 9},
             output_dir=str(tmp_path / name),
         )
-        trainer = Counting(config, origin is not None)
+        trainer = Trainer(config, origin is not None, observer=Counts())
         trainer.train()
         return trainer
 
     forget()
     eager, compiled = train("eager", False), train("compiled", model["compile"])
-    (graphs, *_), (graphs_after, calls, forwards) = compiled.counts
+    (graphs, *_), (graphs_after, calls, forwards) = compiled.observer.counts
     assert graphs == graphs_after > 0  # the second iteration, with its ragged batches, has compiled nothing
     assert calls == (forwards if traced else 0)  # of the whole UNet: in one graph, and none ran uncompiled
     first = read_rows(compiled.folder / "metrics.jsonl")[0]

@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 
+from fastloop.batches import Batches
 from fastloop.engines.deepspeed import deepspeed_problem, deepspeed_settings
 from fastloop.errors import UserError
 from fastloop.plan import check, overview
@@ -22,7 +23,9 @@ def settings(make_config, tmp_path):
             path = tmp_path / "own.json"
             path.write_text(own if isinstance(own, str) else json.dumps(own))
             engine["deepspeed_config"] = str(path)
-        return deepspeed_settings(make_config(engine=engine, **changes), world, pairs, trained)
+        rows = {"algorithm": "reinforce", "prompts_per_step": pairs, "images_per_prompt": 1}
+        config = make_config(engine=engine, **rows, **changes)
+        return deepspeed_settings(Batches(config, torch.arange(1), world), trained)
 
     return make
 

@@ -10,82 +10,26 @@ from pathlib import Path
 
 import pytest
 import torch
+from kernel_cases import (
+    CLIP,
+    DEVICE,
+    DTYPES,
+    GUIDANCE,
+    SEED,
+    case,
+    close,
+    gradients,
+    policy_loss,
+    sampled,
+    trajectories,
+    update,
+)
 
 from fastloop.kernels import backend, choose, fused, gaussian, policy, reference, transition
 from fastloop.objectives import OBJECTIVES
 from fastloop.trainer import Trainer
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SHAPES = [(3, 5, 7), (4, 16, 16), (4, 32, 33)]  # D = 105: less than a block; 1,024; 4,224: three blocks, the last one odd
-SEED, GUIDANCE, CLIP = 7, 3.0, 1e-3
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-def case(shape=(4, 16, 16), rows=5, dtype=torch.float32, guided=True, channels_last=False, sigma=None) -> dict:
-    """Inputs of one denoising step on ``DEVICE``; the second row has sigma 0 unless ``sigma`` is given."""
-    g = torch.Generator().manual_seed(1)
-    cond, uncond, x_t = (torch.randn(rows, *shape, generator=g) for _ in range(3))
-    if sigma is None:
-        sigma = torch.rand(rows, generator=g) * 0.5 + 0.02
-        sigma[1:2] = 0
-    else:
-        sigma = torch.full((rows,), sigma)
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    cond, uncond = (t.to(DEVICE, dtype).contiguous(memory_format=layout) for t in (cond, uncond))
-    return dict(
-        cond=cond,
-        uncond=uncond if guided else None,
-        x_t=x_t.to(DEVICE),
-        a=(torch.rand(rows, generator=g) + 0.5).to(DEVICE),
-        b=(-torch.rand(rows, generator=g) - 0.1).to(DEVICE),
-        sigma=sigma.to(DEVICE),
-        guidance=GUIDANCE,
-    )
-
-
-def trajectories(rows: int) -> torch.Tensor:
-    return (torch.arange(rows, device=DEVICE) * 3 + torch.tensor([0, 2**33], device=DEVICE)[torch.arange(rows) % 2]).long()
-
-
-def sampled(inputs: dict, ops=fused, step: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
-    return ops.sample_transition(**inputs, seed=SEED, trajectory=trajectories(len(inputs["x_t"])), step=step)
-
-
-def update(inputs: dict, move: float = 1e-2, advantage=None, **changes) -> dict:
-    """The arguments of ``policy_loss`` after the policy has moved from where it sampled."""
-    x_prev, log_prob_old = sampled(inputs)
-    rows = len(x_prev)
-    g = torch.Generator().manual_seed(2)
-    drift = torch.randn(inputs["cond"].shape, generator=g).to(DEVICE) * torch.linspace(-1, 1, rows, device=DEVICE).view(
-        -1, 1, 1, 1
-    )
-    moved = (inputs["cond"].float() + move * drift).to(inputs["cond"].dtype)
-    layout = torch.channels_last if inputs["cond"].stride(1) == 1 else torch.contiguous_format
-    if advantage is None:
-        advantage = torch.tensor([1.0, -0.5, -2.0, 3.0, -1.0])[torch.arange(rows) % 5]
-    return inputs | dict(
-        cond=moved.contiguous(memory_format=layout),
-        x_prev=x_prev,
-        log_prob_old=log_prob_old,
-        advantage=advantage.to(DEVICE),
-        clip_range=CLIP,
-        seed=SEED,
-        trajectory=trajectories(rows),
-        step=torch.full((rows,), 4, device=DEVICE),
-    ) | changes  # fmt: skip
-
-
-def gradients(ops, arguments: dict, objective: str):
-    """The terms, and the gradients of a weighted sum of the losses for cond and uncond."""
-    leaves = {name: arguments[name].detach().requires_grad_() for name in ("cond", "uncond") if arguments[name] is not None}
-    terms = ops.policy_loss(**arguments | leaves, objective=objective)
-    weights = torch.arange(1.0, len(terms.loss) + 1, device=DEVICE)
-    return terms, torch.autograd.grad((terms.loss * weights).sum(), list(leaves.values()))
-
-
-def close(got: torch.Tensor, want: torch.Tensor, tolerance: float) -> bool:
-    """Within a tolerance relative to the largest value."""
-    return bool((got.double() - want.double()).abs().max() <= tolerance * want.double().abs().max().clamp_min(1e-30))
 
 
 # --- noise ------------------------------------------------------------------------------------------------------------
@@ -139,8 +83,8 @@ def test_extreme_sigmas_give_the_twins_log_probs(sigma):
     x_prev, log_prob = sampled(inputs)
     arguments = update(inputs, move=0.0)
     assert log_prob.isfinite().all()
-    want = reference.policy_loss(**arguments, objective="clipped")
-    got = fused.policy_loss(**arguments, objective="clipped")
+    want = policy_loss(reference, **arguments, objective="clipped")
+    got = policy_loss(fused, **arguments, objective="clipped")
     assert torch.equal(got.log_prob, want.log_prob) and torch.equal(got.log_prob, log_prob)
 
 
@@ -155,11 +99,11 @@ def test_both_kernels_and_the_twin_give_the_same_log_prob_bit_for_bit(shape, dty
     inputs = case(shape, dtype=dtype, channels_last=channels_last)
     _, log_prob = sampled(inputs)
     arguments = update(inputs, move=0.0)
-    terms = fused.policy_loss(**arguments, objective=objective)
+    terms = policy_loss(fused, **arguments, objective=objective)
     assert torch.equal(terms.log_prob, log_prob)
     assert torch.equal(terms.ratio, torch.ones_like(terms.ratio))
     assert terms.statistics.tolist() == [0, 0, 0, 5, 0]
-    assert torch.equal(reference.policy_loss(**arguments, objective=objective).log_prob, log_prob)
+    assert torch.equal(policy_loss(reference, **arguments, objective=objective).log_prob, log_prob)
 
 
 @pytest.mark.parametrize("size", [1, 3, gaussian.BLOCK, gaussian.BLOCK + 1, gaussian.BLOCK * (gaussian.SPLITS + 2) + 5])
@@ -169,7 +113,7 @@ def test_any_number_of_elements_and_more_blocks_than_the_second_stage_holds(size
     want_x, want_log_prob = sampled(inputs, reference)
     assert torch.allclose(x_prev, want_x, rtol=1e-6, atol=2e-6)
     assert torch.allclose(log_prob, want_log_prob, atol=1e-6)
-    terms = fused.policy_loss(**update(inputs, move=0.0), objective="clipped")
+    terms = policy_loss(fused, **update(inputs, move=0.0), objective="clipped")
     assert torch.equal(terms.log_prob, log_prob)
 
 
@@ -179,7 +123,7 @@ def test_the_batch_a_pair_falls_in_changes_nothing():
     terms, grads = gradients(fused, arguments, "clipped")
     for part in (slice(0, 1), slice(3, 9), slice(5, None)):
         rows = {k: v[part] if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
-        some = fused.policy_loss(**rows, objective="clipped")
+        some = policy_loss(fused, **rows, objective="clipped")
         assert torch.equal(some.log_prob, terms.log_prob[part]) and torch.equal(some.loss, terms.loss[part])
     again, grads_again = gradients(fused, arguments, "clipped")
     assert torch.equal(again.statistics, terms.statistics)
@@ -262,7 +206,7 @@ def test_values_that_are_not_finite_are_not_hidden():
     arguments = update(case())
     arguments["cond"][0, 0, 0, 0] = torch.nan
     for objective in OBJECTIVES:
-        terms = fused.policy_loss(**arguments, objective=objective)
+        terms = policy_loss(fused, **arguments, objective=objective)
         assert terms.loss[0].isnan() and terms.loss[2:].isfinite().all() and terms.statistics[3:].isnan().all()
 
 
@@ -278,7 +222,7 @@ def test_nothing_of_a_latents_size_is_saved_beside_the_inputs():
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        terms = fused.policy_loss(**arguments, objective="clipped")
+        terms = policy_loss(fused, **arguments, objective="clipped")
     assert 0 < sum(kept) <= 4 * 5  # one float32 for each pair
     terms.loss.sum().backward()
     assert arguments["cond"].grad.any()
@@ -286,7 +230,7 @@ def test_nothing_of_a_latents_size_is_saved_beside_the_inputs():
 
 def test_the_statistics_count_both_sides_of_the_window():
     arguments = update(case(sigma=0.3))
-    terms = fused.policy_loss(**arguments, objective="clipped")
+    terms = policy_loss(fused, **arguments, objective="clipped")
     high, low, approx_kl, ratio, deviation = terms.statistics.tolist()
     assert high == (terms.ratio > 1 + CLIP).sum() and low == (terms.ratio < 1 - CLIP).sum() and high + low > 0
     change = terms.log_prob - arguments["log_prob_old"]
@@ -302,7 +246,7 @@ def test_torch_compile_goes_through_without_a_graph_break(guided):
     arguments = update(case(guided=guided))
 
     def step(cond, uncond):
-        terms = fused.policy_loss(**arguments | {"cond": 2 * cond, "uncond": uncond}, objective="clipped")
+        terms = policy_loss(fused, **arguments | {"cond": 2 * cond, "uncond": uncond}, objective="clipped")
         return (3 * terms.loss).sum(), terms.statistics
 
     def run(function):
@@ -370,7 +314,7 @@ def test_the_operators_keep_torchs_contracts(guided, channels_last):
 def test_what_the_kernels_would_read_wrongly_is_refused(change, says):
     change = {k: v.to(DEVICE) if isinstance(v, torch.Tensor) and v.device.type != "meta" else v for k, v in change.items()}
     with pytest.raises(ValueError, match=says):
-        fused.policy_loss(**{"objective": "clipped"} | update(case()) | change)
+        policy_loss(fused, **{"objective": "clipped"} | update(case()) | change)
 
 
 def test_rows_that_are_not_contiguous_are_read_rightly():

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from kernel_cases import policy_loss
 
 from fastloop.kernels import backend, reference
 from fastloop.objectives import clip_only, clipped, gaussian_kl, kl_mask, score_function
@@ -67,7 +68,7 @@ def expected_loss(name, log_prob, old, advantage, eps):
 def test_losses_and_gradients_equal_float64_autograd_of_the_formulas(objective, guidance):
     inputs = case(guidance=guidance)
     leaves = [inputs["cond"].requires_grad_()] + ([inputs["uncond"].requires_grad_()] if guidance else [])
-    terms = reference.policy_loss(**inputs, objective=objective)
+    terms = policy_loss(reference, **inputs, objective=objective)
     gradients = torch.autograd.grad(terms.loss.sum(), leaves)
 
     cond = inputs["cond"].detach().double().requires_grad_()
@@ -85,7 +86,7 @@ def test_losses_and_gradients_equal_float64_autograd_of_the_formulas(objective, 
 
 def test_some_pairs_of_the_test_case_are_clipped_and_some_are_not():
     inputs = case()
-    ratio = reference.policy_loss(**inputs, objective="clipped").ratio
+    ratio = policy_loss(reference, **inputs, objective="clipped").ratio
     outside = (ratio - 1).abs() > inputs["clip_range"]
     assert 0 < outside.sum() < B
 
@@ -94,7 +95,7 @@ def test_some_pairs_of_the_test_case_are_clipped_and_some_are_not():
 def test_gradients_come_in_the_models_dtype_and_log_probs_in_float32(dtype):
     inputs = case(dtype)
     inputs["cond"].requires_grad_()
-    terms = reference.policy_loss(**inputs, objective="clipped")
+    terms = policy_loss(reference, **inputs, objective="clipped")
     terms.loss.sum().backward()
     assert inputs["cond"].grad.dtype == dtype
     assert terms.log_prob.dtype == terms.ratio.dtype == terms.loss.dtype == torch.float32
@@ -195,16 +196,22 @@ def test_both_kernels_give_bit_identical_log_probs_so_the_first_ratio_is_exactly
     uncond = uncond if guidance else None
     a, b, sigma = torch.full((5,), 1.02), torch.full((5,), -0.3), torch.full((5,), 0.2)
     x_prev, log_prob = reference.sample_transition(cond, uncond, x, a, b, sigma, 5.0, 0, torch.arange(5), 1)
-    terms = reference.policy_loss(
-        cond.requires_grad_(), uncond, x, x_prev, a, b, sigma, 5.0, log_prob, torch.ones(5), 1e-4, "clipped"
-    )
+    settings = {"guidance": 5.0, "clip_range": 1e-4, "objective": "clipped"}
+    columns = {
+        "x_t": x,
+        "x_prev": x_prev,
+        "a": a,
+        "b": b,
+        "sigma": sigma,
+        "log_prob_old": log_prob,
+        "advantage": torch.ones(5),
+    }
+    terms = policy_loss(reference, cond.requires_grad_(), uncond, **settings, **columns)
     assert torch.equal(terms.log_prob, log_prob)
     assert torch.equal(terms.ratio, torch.ones(5))
     # one row alone sums along the same tree
-    alone = reference.policy_loss(
-        cond[:1], None if uncond is None else uncond[:1], x[:1], x_prev[:1], a[:1], b[:1], sigma[:1], 5.0,
-        log_prob[:1], torch.ones(1), 1e-4, "clipped",
-    )  # fmt: skip
+    first = {name: column[:1] for name, column in columns.items()}
+    alone = policy_loss(reference, cond[:1], None if uncond is None else uncond[:1], **settings, **first)
     assert torch.equal(alone.log_prob, log_prob[:1])
 
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from tqdm import tqdm
 
+from fastloop.batches import Batches, micro_batches, shuffled
 from fastloop.config import load_config
 from fastloop.denoisers import build_skeleton, load_denoiser
 from fastloop.errors import UserError
@@ -23,7 +23,8 @@ from fastloop.plan import check
 from fastloop.ranks import Ranks
 from fastloop.rollout import Texts, Trajectories, rollout, sampler_table
 from fastloop.tracking import read_rows
-from fastloop.trainer import Trainer, micro_batches, shuffled_pairs
+from fastloop.trainer import Trainer
+from fastloop.update import PolicyUpdate
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 
@@ -168,10 +169,9 @@ def test_an_updates_micro_batches_do_not_wait_for_the_device(make_config, place,
     trainer = Trainer(config)
     denoiser = build_skeleton(config.model)
     denoiser.train_adapter(True, seed=0)
-    trainer.denoiser, trainer.device = denoiser, META
-    trainer._columns = [column.to(META) for column in trainer._columns]
-    trainer._timesteps = trainer._timesteps.to(META)
+    denoiser.device = META
     trainer.engine.scaler = torch.amp.GradScaler("cpu", enabled=False)
+    update = PolicyUpdate(config, denoiser, trainer.engine, trainer.table, trainer.steps_trained, trainer.ranks)
     n, steps = config.images_per_rollout, config.sampling.steps
     trajectories = Trajectories(
         latents=torch.zeros(steps + 1, n, 4, 8, 8, device=place),
@@ -182,11 +182,12 @@ def test_an_updates_micro_batches_do_not_wait_for_the_device(make_config, place,
     )
     denoiser._embeddings = {text: denoiser.blank_embedding() for text in ("a cat", None)}
     text = Texts(denoiser, trajectories.prompts, config.sampling)
-    pairs = shuffled_pairs(np.random.default_rng(0), n, trainer.steps_trained, 1.0)
-    batches = micro_batches(pairs, trainer.ranks, n, config.memory.update_batch)
+    order = shuffled(np.random.default_rng(0), update.rows, 1.0)
+    batches = micro_batches(order, update.rows, trainer.ranks, n, config.memory.update_batch)
+    transitions = trajectories.transitions(trainer.steps_trained)
     crossings = Crossings()
-    with crossings, tqdm(disable=True) as bar:
-        seen = trainer._add_gradients(batches, len(pairs), trajectories, torch.zeros(n, device=META), text, bar)
+    with crossings:
+        seen = update.add_gradients(batches, len(order), transitions, torch.zeros(len(order), device=META), text)
     assert seen.device == META and len(seen) == len(batches) == 5
     assert all(p.grad is not None and p.grad.device == META for p in denoiser.trainable().values())
     # of each micro-batch the pairs go up, and with trajectories on the host their two latents: pinned, by `upload`
@@ -250,7 +251,8 @@ def test_automatic_batches_are_the_smallest_of_the_ranks(make_config, free):
     checked = check(config)
     ranks = Ranks()
     ranks.highest = lambda value: max(value, -2)  # another rank has room for two
-    found = choose(config, checked.traced, 3, 12, ranks, on_gpu=False, free=2**40)
+    batches = Batches(config, checked.steps_trained)
+    found = choose(batches, checked.traced, 3, ranks, on_gpu=False, free=2**40)
     assert [getattr(found, name) for name in NAMES] == [2, 2, 2]
 
 

@@ -6,7 +6,6 @@ import math
 
 import numpy as np
 import pytest
-import torch
 
 from fastloop.metrics import held_out_falling, image_statistics, reward_metrics
 from fastloop.prompts import Prompt
@@ -74,14 +73,14 @@ def scored(p: int, k: int):
     total = GENERATOR.normal(size=p * k)
     terms = {"a": GENERATOR.normal(size=p * k), "b:c": GENERATOR.normal(size=p * k)}
     prompts = [Prompt(str(i), {} if (c := CATEGORIES[i % 3]) is None else {"category": c}) for i in range(p) for _ in range(k)]
-    return torch.tensor(total, dtype=torch.float32).view(p, k), Scores(total, terms), prompts
+    return total.reshape(p, k), Scores(total, terms, terms), prompts
 
 
 @pytest.mark.parametrize("p, k", [(3, 2), (5, 4), (1, 1)])
 def test_reward_metrics_are_those_of_plain_arithmetic(p, k):
     rewards, scores, prompts = scored(p, k)
-    metrics = reward_metrics(rewards, scores, prompts)
-    values = rewards.double().tolist()
+    metrics = reward_metrics(scores, prompts, k)
+    values = rewards.tolist()
 
     def std(numbers):
         mean = sum(numbers) / len(numbers)
@@ -103,8 +102,8 @@ def test_reward_metrics_are_those_of_plain_arithmetic(p, k):
 
 
 def test_prompts_without_categories_give_no_category_metrics():
-    rewards, scores, _ = scored(2, 2)
-    metrics = reward_metrics(rewards, scores, [Prompt("a")] * 4)
+    _, scores, _ = scored(2, 2)
+    metrics = reward_metrics(scores, [Prompt("a")] * 4, 2)
     assert not [name for name in metrics if "category" in name]
 
 

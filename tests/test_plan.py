@@ -10,15 +10,16 @@ import numpy as np
 import pytest
 import torch
 
+from fastloop.batches import Batches, Rows, shuffled, trained_steps
 from fastloop.config import parse_config
 from fastloop.denoisers import build_skeleton, load_denoiser
 from fastloop.errors import UserError
-from fastloop.kernels.reference import policy_loss
-from fastloop.memory import LiveBytes, Traced, sizes
-from fastloop.plan import check, derived_lines, largest_update, memory, plan, prompts_line, time_lines
+from fastloop.kernels.reference import MicroBatch, policy_loss
+from fastloop.memory import LiveBytes, Traced
+from fastloop.plan import check, derived_lines, memory, plan, prompts_line, time_lines
 from fastloop.prompts import Prompt
-from fastloop.rollout import sampler_table, trained_steps
-from fastloop.trainer import Trainer, shuffled_pairs
+from fastloop.rollout import sampler_table
+from fastloop.trainer import Trainer
 
 CPU = torch.device("cpu")
 SHOWN = 0.05  # sizes are shown with one decimal
@@ -79,8 +80,9 @@ def live_in_update(denoiser, config, batch: int) -> int:
         x_prev, step, row = torch.zeros_like(x), torch.zeros(batch, dtype=torch.int64), torch.ones(batch)
         text = cond.clone(), None if uncond is None else uncond.clone()
         outputs = denoiser.predict(x, step, *text)
-        w, clip = sampling.guidance_scale, config.clip_range
-        terms = policy_loss(*outputs, x, x_prev, row, row, row, w, row, row, clip, "clipped", 0, step, step)
+        rows = MicroBatch(x, x_prev, row, row, row, row, row, step, step)
+        settings = {"guidance": sampling.guidance_scale, "clip_range": config.clip_range, "objective": "clipped"}
+        terms = policy_loss(*outputs, rows, **settings)
         terms.loss.sum().backward()
     return live.peak
 
@@ -277,7 +279,7 @@ def test_what_is_offloaded_is_in_the_hosts_memory(make_config):
 )
 def test_activations_are_counted_for_the_largest_micro_batch(make_config, changes, pairs):
     config = make_config(**changes)
-    assert sizes(config, largest_update(config, check(config).steps_trained), world=1)[1] == pairs
+    assert check(config).batches(ranks=1).update == pairs
 
 
 def test_the_time_is_that_of_the_forwards(make_config):
@@ -285,7 +287,7 @@ def test_the_time_is_that_of_the_forwards(make_config):
 
     def line(**changes) -> str:
         config = make_config(iterations=100, **changes)
-        return time_lines(config, torch.arange(4), ranks=1, it_per_s=2.0)[0]
+        return time_lines(Batches(config, torch.arange(4)), it_per_s=2.0)[0]
 
     assert "24.0 s rollout + 48.0 s update = 72.0 s an iteration, 0.0833 images/s, 2.0 h in all" in line()
     assert "24.0 s rollout + 72.0 s update" in line(model={"adapter": "full"})
@@ -298,7 +300,7 @@ def test_the_time_is_that_of_the_forwards(make_config):
 
 
 def lines_of(config) -> dict[str, str]:
-    lines = derived_lines(config, trained_steps(sampler_table(config.model, config.sampling), config))
+    lines = derived_lines(Batches(config, trained_steps(sampler_table(config.model, config.sampling), config)))
     return dict(re.split(r"  +", line, maxsplit=1) for line in lines)
 
 
@@ -339,7 +341,8 @@ def test_derived_lines_of_several_passes_dropped_steps_and_no_guidance(make_conf
 def test_the_pairs_are_those_that_the_trainer_draws(make_config):
     config = make_config(timestep_fraction=0.6, last_steps={"drop": 1})
     steps = trained_steps(sampler_table(config.model, config.sampling), config)
-    pairs = shuffled_pairs(np.random.default_rng(0), config.images_per_rollout, steps, config.timestep_fraction)
+    rows = Rows.of(config.images_per_rollout, steps)
+    pairs = shuffled(np.random.default_rng(0), rows, config.timestep_fraction)
     assert f"= {len(pairs)} a pass" in lines_of(config)["pairs"]
 
 

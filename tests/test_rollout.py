@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import torch
 
+from fastloop.batches import trained_steps
 from fastloop.config import ModelConfig, SamplingConfig
 from fastloop.denoisers import load_denoiser
 from fastloop.errors import UserError
-from fastloop.kernels.reference import initial_noise, normal, policy_loss, sample_transition
-from fastloop.rollout import rollout, sampler_table, trained_steps
+from fastloop.kernels.reference import MicroBatch, initial_noise, normal, policy_loss, sample_transition
+from fastloop.rollout import rollout, sampler_table
 
 SEED = 7
 PROMPTS = ["cat", "cat", "dog", "dog", "a red circle", "a red circle"]
@@ -152,17 +153,15 @@ def test_replaying_stored_latents_gives_ratio_exactly_one(denoiser, sampling, gr
             with torch.set_grad_enabled(grad):
                 outputs, coefficients = replay(denoiser, sampling, trajectories, step, chunk)
                 assert (outputs[1] is None) == (sampling is PLAIN)
-                terms = policy_loss(
-                    *outputs,
+                batch = MicroBatch(
                     trajectories.latents[step, chunk],
                     trajectories.latents[step + 1, chunk],
                     *coefficients,
-                    sampling.guidance_scale,
-                    trajectories.log_probs[step, chunk],
-                    torch.ones(len(outputs[0])),
-                    1e-4,
-                    "clipped",
+                    log_prob_old=trajectories.log_probs[step, chunk],
+                    advantage=torch.ones(len(outputs[0])),
                 )
+                settings = {"guidance": sampling.guidance_scale, "clip_range": 1e-4, "objective": "clipped"}
+                terms = policy_loss(*outputs, batch, **settings)
             assert terms.loss.requires_grad == grad
             worst = max(worst, (terms.ratio - 1).abs().max().item())
     assert worst == 0.0
@@ -205,7 +204,7 @@ def test_an_exception_in_a_callback_ends_the_rollout(denoiser):
 
 
 def test_without_latents_the_images_are_the_same(denoiser, guided):
-    images_only = sample(denoiser, keep_latents=False)
+    images_only = sample(denoiser, keep="none")
     assert images_only.latents.numel() == 0
     assert (images_only.images == guided.images).all() and images_only.log_probs.equal(guided.log_probs)
 

@@ -28,6 +28,7 @@ from torch.distributions import Normal, kl_divergence
 import fastloop
 from fastloop.advantages import leave_one_out
 from fastloop.algorithms import ALGORITHMS
+from fastloop.batches import Rows, shuffled, step_weights
 from fastloop.checkpoints import load_checkpoint
 from fastloop.cli import main
 from fastloop.config import Config, dump_config, load_config, parse_config
@@ -35,8 +36,11 @@ from fastloop.engines.torch import TorchEngine
 from fastloop.errors import RunFailed
 from fastloop.prompts import ANIMALS
 from fastloop.report import write_report
+from fastloop.rewards import Scores
+from fastloop.stopping import Stopped
 from fastloop.tracking import read_rows
-from fastloop.trainer import MAX_SKIPPED, Stopped, Trainer, shuffled_pairs, step_weights
+from fastloop.trainer import Trainer
+from fastloop.update import MAX_SKIPPED
 
 Weights = dict[str, torch.Tensor]
 
@@ -124,13 +128,13 @@ def record_steps(trainer: Trainer) -> list[Step]:
 
 def record_pairs(trainer: Trainer) -> list[list[tuple[int, int]]]:
     """The (trajectory, timestep) pairs of each micro-batch whose loss is computed."""
-    batches, loss = [], trainer._loss
+    batches, loss = [], trainer.update.loss
 
-    def recorded(trajectories, advantages, at, *text):
-        batches.append([tuple(pair) for pair in at.tolist()])
-        return loss(trajectories, advantages, at, *text)
+    def recorded(transitions, advantages, rows, text):
+        batches.append(list(zip(transitions.trajectory[rows].tolist(), transitions.step[rows].tolist(), strict=True)))
+        return loss(transitions, advantages, rows, text)
 
-    trainer._loss = recorded
+    trainer.update.loss = recorded
     return batches
 
 
@@ -139,17 +143,22 @@ def begin(trainer: Trainer):
     config = trainer.config
     prompts = trainer.prompts.draw(0, config.prompts_per_step)
     repeated = [prompt for prompt in prompts for _ in range(config.images_per_prompt)]
-    trajectories = trainer._rollout(repeated, torch.arange(len(repeated)))
-    rewards = torch.from_numpy(trainer.rewards.gather().total).view(-1, config.images_per_prompt)
-    return trajectories, trainer._advantages([prompt.text for prompt in prompts], rewards).flatten()
+    trajectories = trainer.rollout(repeated, torch.arange(len(repeated)))
+    return trajectories, trainer.advantages([prompt.text for prompt in prompts], trainer.rewards.gather())
+
+
+def shuffled_pairs(rng: np.random.Generator, n: int, steps: torch.Tensor, fraction: float) -> np.ndarray:
+    """One pass over n plain trajectories, as (trajectory, step) of each row: int64 (M, 2)."""
+    rows = Rows.of(n, steps)
+    order = shuffled(rng, rows, fraction)
+    return np.stack([rows.trajectory[order], rows.step[order]], 1)
 
 
 # --- which pairs an update covers -------------------------------------------------------------------------------------
 
 
 def test_a_pass_has_every_trajectory_with_every_trained_step_once():
-    steps = torch.tensor([0, 1, 2, 5])
-    pairs = shuffled_pairs(np.random.default_rng(0), 7, steps, 1.0)
+    pairs = shuffled_pairs(np.random.default_rng(0), 7, torch.tensor([0, 1, 2, 5]), 1.0)
     assert pairs.shape == (28, 2) and pairs.dtype == np.int64
     assert sorted(map(tuple, pairs.tolist())) == [(i, step) for i in range(7) for step in (0, 1, 2, 5)]
 
@@ -192,7 +201,7 @@ def test_uneven_prompts_images_and_batches_train_every_pair_exactly_once(make_tr
     trajectories, advantages = begin(trainer)
     assert len(set(trajectories.prompts)) == p and [*map(trajectories.prompts.count, trajectories.prompts)] == [k] * p * k
     batches, steps = record_pairs(trainer), record_steps(trainer)
-    trainer._update(trajectories, advantages)
+    trainer.update(trajectories, advantages, trainer.iteration)
     assert len(steps) == 2 and max(map(len, batches)) == min(update_batch, math.ceil(p * k * 4 / 2))
     assert sorted(itertools.chain(*batches)) == [(i, step) for i in range(p * k) for step in range(4)]
 
@@ -201,7 +210,7 @@ def test_two_passes_train_every_pair_twice_in_another_order(make_trainer):
     trainer = make_trainer(passes_per_rollout=2, updates_per_rollout=2)
     trajectories, advantages = begin(trainer)
     batches, steps = record_pairs(trainer), record_steps(trainer)
-    trainer._update(trajectories, advantages)
+    trainer.update(trajectories, advantages, trainer.iteration)
     pairs = list(itertools.chain(*batches))
     assert len(steps) == 2 and len(pairs) == 48
     assert sorted(pairs[:24]) == sorted(pairs[24:]) == [(i, step) for i in range(6) for step in range(4)]
@@ -212,10 +221,10 @@ def test_dropped_steps_and_left_out_timesteps_are_not_trained(make_trainer):
     trainer = make_trainer(last_steps={"drop": 2}, timestep_fraction=0.5)
     trajectories, advantages = begin(trainer)
     batches = record_pairs(trainer)
-    trainer._check_ratio(trajectories)
+    trainer.update.check_replay(trajectories)
     assert {step for _, step in itertools.chain(*batches)} == {0, 1}  # the first and the last that are trained
     batches.clear()
-    trainer._update(trajectories, advantages)
+    trainer.update(trajectories, advantages, trainer.iteration)
     pairs = list(itertools.chain(*batches))
     assert sorted(i for i, _ in pairs) == list(range(6)) and {step for _, step in pairs} == {0, 1}
 
@@ -227,7 +236,7 @@ def test_steps_without_noise_are_not_trained(make_trainer, tiny_sd, tmp_path):
     trainer = make_trainer(model={"path": str(tmp_path / "model")})
     batches = record_pairs(trainer)
     trajectories, advantages = begin(trainer)
-    row = trainer._update(trajectories, advantages)
+    row = trainer.update(trajectories, advantages, trainer.iteration)
     assert sorted(itertools.chain(*batches)) == [(i, step) for i in range(6) for step in range(3)]
     assert all(map(math.isfinite, row.values())) and row["policy/grad_norm"] > 0
 
@@ -312,7 +321,7 @@ def test_an_updates_gradient_is_that_of_the_formula_in_float64(
     initial = weights(trainer)
     trajectories, advantages = begin(trainer)
     steps = record_steps(trainer)
-    trainer._update(trajectories, advantages)
+    trainer.update(trajectories, advantages, trainer.iteration)
     expected, ratio = brute_force(trainer, trajectories, advantages, steps[-1].before, initial)
     if passes == 2:
         clipped = ((ratio - 1).abs() > trainer.config.clip_range).double().mean()
@@ -329,7 +338,7 @@ def test_the_gradient_does_not_depend_on_the_micro_batch(make_trainer, tmp_path)
         trainer = make_trainer(memory={"update_batch": batch}, output_dir=str(tmp_path / f"{batch}"))
         trajectories, advantages = begin(trainer)
         steps = record_steps(trainer)
-        trainer._update(trajectories, advantages)
+        trainer.update(trajectories, advantages, trainer.iteration)
         gradients.append(steps[0].gradients)
     scale = max(gradient.abs().max().item() for gradient in gradients[0].values())
     assert scale > 1e-5
@@ -344,7 +353,7 @@ def test_pairs_without_an_advantage_are_not_run_and_count_in_the_mean_all_the_sa
     trajectories, _ = begin(trainer)
     advantages = torch.tensor([0.0, 1.0, 0.0, 0.0, -2.0, 0.0])
     batches, steps = record_pairs(trainer), record_steps(trainer)
-    row = trainer._update(trajectories, advantages)
+    row = trainer.update(trajectories, advantages, trainer.iteration)
     assert [sorted(batch) for batch in batches] == 3 * [[(i, step) for i in (1, 4) for step in range(4)]]
     assert row["policy/pairs_skipped"] == 3 * 4 * 4
     expected, ratio = brute_force(trainer, trajectories, advantages, steps[-1].before, initial)
@@ -357,11 +366,11 @@ def test_pairs_without_an_advantage_are_not_run_and_count_in_the_mean_all_the_sa
 
 def test_an_update_without_a_pair_to_run_takes_no_step_and_the_next_one_is_the_first(make_trainer, monkeypatch):
     trainer = make_trainer(images_per_prompt=2, prompts_per_step=2, updates_per_rollout=2, ema={"decay": 0.5})
-    order = np.array([(i, step) for i in range(4) for step in range(4)])  # the first update: trajectories 0 and 1
-    monkeypatch.setattr("fastloop.trainer.shuffled_pairs", lambda *args: order)
+    order = np.arange(16)  # the first update: trajectories 0 and 1
+    monkeypatch.setattr("fastloop.update.shuffled", lambda *args: order)
     trajectories, _ = begin(trainer)
     steps = record_steps(trainer)
-    row = trainer._update(trajectories, torch.tensor([0.0, 0.0, 1.0, -1.0]))
+    row = trainer.update(trajectories, torch.tensor([0.0, 0.0, 1.0, -1.0]), trainer.iteration)
     assert len(steps) == 1 and row["policy/pairs_skipped"] == 8 and row["policy/grad_norm"] > 0
     assert row["policy/ratio_first_dev"] == row["policy/ratio_max_dev"] < 1e-6
 
@@ -370,7 +379,7 @@ def test_with_a_kl_every_pair_is_run(make_trainer):
     trainer = make_trainer(kl={"weight": 0.1})
     trajectories, _ = begin(trainer)
     batches = record_pairs(trainer)
-    row = trainer._update(trajectories, torch.zeros(6))
+    row = trainer.update(trajectories, torch.zeros(6), trainer.iteration)
     assert sum(map(len, batches)) == 24 and row["policy/pairs_skipped"] == 0
 
 
@@ -505,7 +514,7 @@ def test_half_precision_trains_float32_weights_close_to_full_precision(train, fp
     assert row["policy/replay_max_dev"] == 0.0
     assert row["reward/mean"] == pytest.approx(fp32_row["reward/mean"], abs=0.01)
     assert row["policy/grad_norm"] == pytest.approx(fp32_row["policy/grad_norm"], rel=0.5)  # the loss scale is taken out
-    assert trainer.skipped == 0
+    assert trainer.update.skipped == 0
 
 
 @pytest.mark.parametrize(
@@ -912,13 +921,13 @@ def test_sample_files_show_the_held_out_prompts_with_their_rewards(straight):
 
 def test_every_iteration_has_prompts_noise_and_an_order_of_its_own(make_trainer):
     trainer = make_trainer(eval={"every": 9})
-    pairs, drawn, rollout = record_pairs(trainer), [], trainer._rollout
+    pairs, drawn, rollout = record_pairs(trainer), [], trainer.rollout
 
     def recorded(prompts, ids):
         drawn.append(([prompt.text for prompt in prompts], ids.tolist()))
         return rollout(prompts, ids)
 
-    trainer._rollout = recorded
+    trainer.rollout = recorded
     trainer.train()
     (first, ids), (second, later_ids) = drawn
     assert ids == list(range(6)) and later_ids == list(range(6, 12))
@@ -943,8 +952,9 @@ def test_logged_advantages_are_those_of_the_logged_rewards(make_trainer):
     assert row["advantage/abs_mean"] == pytest.approx(advantages.abs().mean().item())
     assert row["advantage/std"] == pytest.approx(advantages.std(correction=0).item())
     assert row["advantage/abs_mean"] == pytest.approx(2 * row["reward/group_std"], rel=1e-4)  # K = 2: A = +- the difference
-    rewards = torch.tensor([[1.0, 3.0], [2.0, 2.0]], dtype=torch.float64)
-    assert trainer._advantages(["a", "b"], rewards).equal(leave_one_out(rewards).float())
+    rewards = np.array([1.0, 3.0, 2.0, 2.0])
+    found = trainer.advantages(["a", "b"], Scores(rewards, {}, {"jpeg_incompressibility": rewards}))
+    assert found.equal(leave_one_out(torch.from_numpy(rewards).view(2, 2)).float().flatten())
 
 
 def test_a_killed_run_goes_on_to_the_same_weights_bit_for_bit(straight, start, tmp_path, no_report):
@@ -1006,7 +1016,7 @@ def test_wherever_a_signal_comes_the_run_leaves_a_whole_state(straight, tmp_path
     trainer = Trainer(config)
     owner, name, iteration = {
         "rollout": (trainer.rewards, "submit", 1),  # after its first batch
-        "update": (trainer, "_update", 1),
+        "update": (trainer.engine, "set_lr", 1),  # as it begins
         "first evaluation": (trainer.eval_rewards, "submit", 0),
         "evaluation": (trainer.eval_rewards, "submit", 2),
     }[part]
@@ -1029,14 +1039,12 @@ def test_wherever_a_signal_comes_the_run_leaves_a_whole_state(straight, tmp_path
 
 def test_a_second_interrupt_leaves_at_once_without_a_checkpoint(make_trainer):
     trainer = make_trainer(checkpoint={"every": 2})
-    update = trainer._update
 
-    def interrupted(*args):
+    def interrupted(lr: float) -> None:
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
-        return update(*args)
 
-    trainer._update = interrupted
+    trainer.engine.set_lr = interrupted
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
     assert status(trainer.folder) == "failed" and checkpoints(trainer.folder) == ["iteration-000000"]

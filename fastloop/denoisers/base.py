@@ -25,6 +25,7 @@ from transformers.utils import logging as transformers_logging
 from fastloop.config import ModelConfig, SamplingConfig
 from fastloop.denoisers import ASSETS, build_part, read_json
 from fastloop.errors import RunFailed, UserError
+from fastloop.observer import UNOBSERVED
 from fastloop.optimizers import holding
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -82,6 +83,7 @@ class Denoiser:
         self._reference: dict[str, torch.Tensor] | None = None
         self._resting: tuple[torch.nn.Module, ...] = ()  # what is on the device only while it computes
         self._compiled_batches: list[int] = []
+        self.observer = UNOBSERVED
         for module in self.parts.values():
             module.requires_grad_(False).to(device).eval()  # eval: no dropout, so that ratios start at 1
         unet.to(memory_format=torch.channels_last)
@@ -354,6 +356,10 @@ class Denoiser:
 
         Where text encoders are trained: once a call, with gradients where they are on. Else once and for all.
         """
+        with self.observer.phase("encode"):
+            return self._encode(prompts, sampling)
+
+    def _encode(self, prompts: list[str], sampling: SamplingConfig):
         texts = [*prompts, sampling.negative_prompt or None] if sampling.guidance_scale != 1 else prompts
         distinct = dict.fromkeys(texts)
         known = {} if self.trains_text else self._embeddings
@@ -402,7 +408,7 @@ class Denoiser:
         x = x.to(dtype).contiguous(memory_format=torch.channels_last)
         # without autocast where the whole UNet is in `dtype`: on the meta device of a plan, and in DeepSpeed
         mixed = dtype != torch.float32 and self.device.type != "meta" and self.model is self.unet
-        with torch.autocast(self.device.type, dtype) if mixed else nullcontext():
+        with self.observer.phase("predict"), torch.autocast(self.device.type, dtype) if mixed else nullcontext():
             output = self.model(x, t, **self.unet_arguments(cond, uncond), return_dict=False)[0]
         if uncond is None:
             return output[:n], None
@@ -420,22 +426,31 @@ class Denoiser:
         Raises:
             RunFailed: values are not finite in float32 either.
         """
-        with self._present(self.vae):
+        with self.observer.phase("decode"), self._present(self.vae):
             return np.concatenate([self._decode(chunk) for chunk in latents.split(batch)])
 
     def _decode(self, latents: torch.Tensor) -> np.ndarray:
-        vae, z = self.vae, self._unscaled(latents)
-        x = vae.decode(z.to(vae.dtype), return_dict=False)[0].float()
+        x = self.to_pictures(latents)
         finite = x.isfinite().flatten(1).all(1)  # as uint8 the others would pass for pictures, and be rewarded
-        if vae.dtype != torch.float32 and not finite.all():
-            before = vae.dtype
-            x[~finite] = vae.float().decode(z[~finite], return_dict=False)[0]
+        if self.vae.dtype != torch.float32 and not finite.all():
+            before = self.vae.dtype
+            self.vae.float()
+            x[~finite] = self.to_pictures(latents[~finite])
             finite = x.isfinite().flatten(1).all(1)
-            vae.to(before)  # the same weights again: rounding them twice changes nothing
+            self.vae.to(before)  # the same weights again: rounding them twice changes nothing
         if not finite.all():
             raise RunFailed("the decoded pictures are not finite, in float32 either: the latents or the VAE are broken")
-        x = (x / 2 + 0.5).clamp(0, 1) * 255
-        return x.round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+        return self.to_bytes(x).cpu().numpy()
+
+    def to_pictures(self, latents: torch.Tensor) -> torch.Tensor:
+        """What the VAE makes of latents, in its dtype, as float32 (n, 3, height, width) in about [-1, 1]."""
+        return self.vae.decode(self._unscaled(latents).to(self.vae.dtype), return_dict=False)[0].float()
+
+    @staticmethod
+    def to_bytes(pictures: torch.Tensor) -> torch.Tensor:
+        """uint8 (n, height, width, 3) of pictures in [-1, 1]."""
+        x = (pictures / 2 + 0.5).clamp(0, 1) * 255
+        return x.round().to(torch.uint8).permute(0, 2, 3, 1)
 
     def _unscaled(self, latents: torch.Tensor) -> torch.Tensor:
         """The VAE's own latents of those that are denoised."""

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from fastloop.batches import Batches
 from fastloop.config import Config
 from fastloop.engines.torch import describe
 from fastloop.errors import RunFailed, UserError
@@ -41,25 +42,24 @@ def deepspeed_problem(config: Config, device: torch.device) -> str | None:
     return None
 
 
-def deepspeed_settings(config: Config, world: int, pairs: int, trained: int) -> dict[str, Any]:
+def deepspeed_settings(batches: Batches, trained: int) -> dict[str, Any]:
     """DeepSpeed's configuration: the user's JSON, with what the recipe and the number of ranks decide put in.
 
     Args:
-        world: number of ranks. pairs: (trajectory, timestep) pairs of an update. trained: number of trained parameters.
+        trained: number of trained parameters.
 
     Raises:
         UserError: the JSON cannot be read, or says other than the recipe.
     """
+    config, steps = batches.config, batches.micro_batches
     engine, dtype = config.engine, config.model.dtype
-    micro = min(config.memory.update_batch, -(-pairs // world))
-    steps = math.ceil(pairs / (micro * world))
     zero: dict[str, Any] = {"stage": engine.zero_stage}
     for key, name in SWITCHES.items():
         if getattr(engine, name):
             zero[key] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     settings = {
-        "train_batch_size": pairs,
-        "train_micro_batch_size_per_gpu": micro,
+        "train_batch_size": batches.largest_update,
+        "train_micro_batch_size_per_gpu": batches.update,
         "gradient_accumulation_steps": steps,
         "gradient_clipping": config.optimizer.max_grad_norm,
         "zero_optimization": zero,
@@ -152,7 +152,7 @@ class DeepSpeedEngine:
         config: Config,
         device: torch.device,
         ranks: Ranks,
-        pairs: int,
+        batches: Batches,
     ) -> None:
         os.environ.setdefault("DS_ACCELERATOR", device.type)
         import deepspeed
@@ -170,7 +170,7 @@ class DeepSpeedEngine:
         self.stage, self.dtype = config.engine.zero_stage, config.model.dtype
         self.max_grad_norm = config.optimizer.max_grad_norm
         start = {name: p.detach().cpu().clone() for name, p in parameters.items()} if self._has_masters else {}
-        settings = deepspeed_settings(config, ranks.world, pairs, sum(p.numel() for p in parameters.values()))
+        settings = deepspeed_settings(batches, sum(p.numel() for p in parameters.values()))
         if self._clips_itself:
             settings["gradient_clipping"] = 0.0
         for p in unet.parameters():  # it broadcasts and flattens weights as if they were contiguous

@@ -55,10 +55,11 @@ REGISTRY: dict[str, Callable[..., Any] | str] = {
 
 @dataclass(frozen=True)
 class Scores:
-    """Rewards of N pictures: the weighted sum and each term before weight and normalisation, float64 (N,)."""
+    """Rewards of N pictures, float64 (N,): the weighted sum, and each term before and after its normalisation."""
 
     total: np.ndarray
     terms: dict[str, np.ndarray]
+    normalized: dict[str, np.ndarray]
 
 
 @dataclass
@@ -188,10 +189,8 @@ class Rewards:
 
     def total(self, terms: dict[str, np.ndarray]) -> Scores:
         """The weighted sum of terms, float64 (N,) each, normalised as configured: all of a rollout's at once."""
-        total = 0.0
-        for label, term in self.terms.items():
-            total = total + term.config.weight * (term.normalized(terms[label]) if self.normalize else terms[label])
-        return Scores(total, terms)
+        normalized = {name: t.normalized(terms[name]) if self.normalize else terms[name] for name, t in self.terms.items()}
+        return Scores(sum(term.config.weight * normalized[name] for name, term in self.terms.items()), terms, normalized)
 
     def gather(self) -> Scores:
         """As `collect`, with the weighted sum."""

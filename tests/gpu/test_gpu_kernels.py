@@ -1,6 +1,6 @@
 """What only a GPU can show of the Triton kernels: real sizes, its own arithmetic, memory, synchronisation, Inductor, a run.
 
-tests/test_fused.py runs on a GPU as well where there is one; its helpers make the inputs of the loss here.
+tests/test_fused.py runs on a GPU as well where there is one.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device, and torch finds none here", allow_module_level=True)
 
 import torch.nn.functional as F
-from test_fused import CLIP, DEVICE, DTYPES, SEED, case, close, gradients, sampled, trajectories, update
+from kernel_cases import CLIP, DEVICE, DTYPES, SEED, case, close, gradients, policy_loss, sampled, trajectories, update
 
 from fastloop.kernels import VARIABLE, backend, choose, fused, reference
 from fastloop.trainer import Trainer
@@ -65,11 +65,11 @@ def test_the_ratio_is_exactly_1_and_the_log_prob_the_twins_bit_for_bit(shape, ro
     inputs = case(shape, rows=rows, dtype=dtype, channels_last=channels_last)
     _, log_prob = sampled(inputs)
     arguments = update(inputs, move=0.0)
-    terms = fused.policy_loss(**arguments, objective="clipped")
+    terms = policy_loss(fused, **arguments, objective="clipped")
     assert torch.equal(terms.log_prob, log_prob)
     assert torch.equal(terms.ratio, torch.ones_like(terms.ratio))
     assert terms.statistics.tolist() == [0, 0, 0, rows, 0]
-    assert torch.equal(reference.policy_loss(**arguments, objective="clipped").log_prob, log_prob)
+    assert torch.equal(policy_loss(reference, **arguments, objective="clipped").log_prob, log_prob)
 
 
 @pytest.mark.parametrize("seed", [0, 2**63 + 11])
@@ -161,7 +161,7 @@ def test_inductor_compiles_a_step_and_its_loss_to_the_same_bits():
     arguments = update(inputs)
 
     def loss(cond):
-        return fused.policy_loss(**arguments | {"cond": 2 * cond}, objective="clipped").loss
+        return policy_loss(fused, **arguments | {"cond": 2 * cond}, objective="clipped").loss
 
     cond = {"cond": arguments["cond"]}
     compiled = output_and_gradients(torch.compile(loss, fullgraph=True), cond)
@@ -179,8 +179,8 @@ def test_nothing_waits_for_the_device():
 
     def everything() -> None:
         fused.sample_transition(**inputs, seed=SEED, trajectory=ids, step=4)
-        fused.policy_loss(**arguments, objective="kl_mask").loss.sum().backward()
-        fused.policy_loss(**arguments, objective="clipped").loss.sum().backward()
+        policy_loss(fused, **arguments, objective="kl_mask").loss.sum().backward()
+        policy_loss(fused, **arguments, objective="clipped").loss.sum().backward()
         normalised(**norm).sum().backward()
         fused.geglu(**gate).sum().backward()
 
@@ -199,7 +199,7 @@ def test_the_loss_needs_no_memory_but_its_gradients():
     leaves = {name: arguments[name].detach().requires_grad_() for name in names}
 
     def step() -> tuple[torch.Tensor, ...]:
-        loss = fused.policy_loss(**arguments | leaves, objective="clipped").loss.mean()
+        loss = policy_loss(fused, **arguments | leaves, objective="clipped").loss.mean()
         return torch.autograd.grad(loss, list(leaves.values()))
 
     step()

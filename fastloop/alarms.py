@@ -1,0 +1,48 @@
+"""Signs of collapse and of reward hacking in a run's metrics. They are printed and logged, and never stop a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fastloop.config import Config
+from fastloop.metrics import held_out_falling
+from fastloop.objectives import OBJECTIVES
+from fastloop.tracking import read_rows
+
+ALARMS = ("group_std", "clipfrac", "entropy", "saturation", "held_out")
+
+
+class Alarms:
+    """The alarms of ``safety``; that of held-out rewards lasts from one evaluation to the next."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self._falling: list[str] = []
+
+    def look_at(self, folder: Path) -> None:
+        """At the start, and after each evaluation: which held-out rewards fall, by the run's records."""
+        errors, weights = self.config.safety.held_out_errors, {r.key: r.weight for r in self.config.rewards}
+        rows, evals = (read_rows(folder / f"{name}.jsonl") for name in ("metrics", "eval"))
+        self._falling = [] if errors is None else held_out_falling(rows, evals, weights, errors)
+
+    def of(self, metrics: dict[str, float]) -> dict[str, str]:
+        """The alarms that an iteration's metrics fire, with what they mean."""
+        safety, grouped = self.config.safety, self.config.images_per_prompt > 1
+        clips = OBJECTIVES[self.config.objective].uses_ratio and "policy/clipfrac" in metrics
+        found = {
+            "group_std": (
+                grouped and metrics["reward/group_std"] < safety.min_group_std,
+                "images of one prompt get the same reward",
+            ),
+            "clipfrac": (
+                clips and metrics["policy/clipfrac"] > safety.max_clipfrac,
+                "nearly every pair is clipped",
+            ),
+            "entropy": (metrics["image/entropy"] < safety.min_image_entropy, "pictures go flat"),
+            "saturation": (metrics["image/saturation"] > safety.max_image_saturation, "pictures are burnt out"),
+            "held_out": (
+                bool(self._falling),
+                f"held out, {', '.join(self._falling)} fell by more than its error while the training reward rose",
+            ),
+        }
+        return {name: text for name, (fired, text) in found.items() if fired}

@@ -1,0 +1,170 @@
+"""The arithmetic of an iteration: which steps are trained, how many rows an update covers, in which order and micro-batches.
+
+Plan, memory estimate, engines and trainer all take these numbers from here. A *row* is one denoising transition of a rollout
+(see `Transitions`). The rows of a trajectory stand together, in the order of its steps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from fastloop.config import Config
+from fastloop.errors import UserError
+from fastloop.ranks import Ranks
+from fastloop.transitions import TransitionTable
+
+
+def trained_steps(table: TransitionTable, config: Config) -> torch.Tensor:
+    """Indices (int64) of the steps that updates draw from: those with noise, less the last ``last_steps.drop``.
+
+    Raises:
+        UserError: no step is left, or fewer rows than updates.
+    """
+    steps = torch.nonzero(table.trainable)[:, 0]
+    steps = steps[: len(steps) - config.last_steps.drop]
+    if len(steps) == 0:
+        raise UserError(f"sampling.steps: none of {len(table)} steps can be trained: raise it or lower last_steps.drop")
+    pairs = config.passes_per_rollout * Batches(config, steps).rows
+    if config.updates_per_rollout > pairs:
+        raise UserError(
+            f"updates_per_rollout: {config.updates_per_rollout} updates, but a rollout has only {pairs} (trajectory, "
+            "timestep) pairs: use fewer"
+        )
+    return steps
+
+
+def kept_steps(steps: int, fraction: float) -> int:
+    """How many of so many trained steps one pass takes of each trajectory: ``timestep_fraction`` of them, at least one."""
+    return max(1, round(fraction * steps))
+
+
+def step_weights(table: TransitionTable, steps: torch.Tensor, config: Config) -> torch.Tensor:
+    """Factor of the loss of each step, float64 (T,): ``last_steps.weight`` on the last trained ones, else 1."""
+    weights = torch.ones(len(table), dtype=torch.float64)
+    weights[steps[-config.last_steps.count :]] = config.last_steps.weight
+    return weights
+
+
+@dataclass(frozen=True)
+class Batches:
+    """The sizes of an iteration on one of ``world`` ranks; of the largest share where shares differ.
+
+    Args:
+        steps: int64 (S,), as from `trained_steps`.
+    """
+
+    config: Config
+    steps: torch.Tensor
+    world: int = 1
+
+    @property
+    def kept(self) -> int:
+        """Steps of each trajectory that a pass takes."""
+        return kept_steps(len(self.steps), self.config.timestep_fraction)
+
+    @property
+    def rows(self) -> int:
+        """Of one pass over the rollout, on all ranks."""
+        return self.config.images_per_rollout * self.kept
+
+    @property
+    def updates_per_pass(self) -> int:
+        return self.config.updates_per_rollout // self.config.passes_per_rollout
+
+    @property
+    def update_rows(self) -> list[int]:
+        """Rows of each update of a pass, on all ranks, the largest first."""
+        even, more = divmod(self.rows, self.updates_per_pass)
+        return [even + (i < more) for i in range(self.updates_per_pass)]
+
+    @property
+    def largest_update(self) -> int:
+        return self.update_rows[0]
+
+    @property
+    def rows_of_rank(self) -> int:
+        """Rows of the largest update on one rank, as even as ranks can have them."""
+        return -(-self.largest_update // self.world)
+
+    @property
+    def share(self) -> int:
+        """Trajectories of a rollout on one rank."""
+        return -(-self.config.images_per_rollout // self.world)
+
+    @property
+    def rollout(self) -> int:
+        """Trajectories in a micro-batch of a rollout."""
+        return min(self.config.memory.rollout_batch, self.share)
+
+    @property
+    def update(self) -> int:
+        """Rows in a micro-batch of an update."""
+        return min(self.config.memory.update_batch, self.rows_of_rank)
+
+    @property
+    def vae(self) -> int:
+        """Pictures in a micro-batch of the VAE."""
+        return min(self.config.memory.vae_batch, self.rollout)
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches of the largest update, where its rows are shared out evenly."""
+        return -(-self.largest_update // (self.update * self.world))
+
+    def calls(self, eval_prompts: int) -> list[int]:
+        """Rows of the largest calls of the denoiser in rollouts, evaluations and updates, with so many evaluation prompts."""
+        evaluated = -(-eval_prompts * self.config.eval.images_per_prompt // self.world)
+        return [self.rollout, min(self.config.memory.rollout_batch, evaluated), self.update]
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """The rows of a rollout on all ranks, int64 (R,) each: the trajectory, counted over all ranks, and the sampler's step."""
+
+    trajectory: np.ndarray
+    step: np.ndarray
+
+    @classmethod
+    def of(cls, trajectories: int, steps: torch.Tensor) -> Rows:
+        """Every trajectory with every step."""
+        return cls(np.repeat(np.arange(trajectories), len(steps)), np.tile(steps.numpy(), trajectories))
+
+    def __len__(self) -> int:
+        return len(self.step)
+
+
+def shuffled(rng: np.random.Generator, rows: Rows, fraction: float) -> np.ndarray:
+    """One pass over the rows of a rollout: int64 (M,), of each trajectory a fraction of its rows, at least one.
+
+    Each trajectory has its own order of its rows. The k-th rows of all trajectories stand together, the trajectories shuffled,
+    so that every stretch of rows covers trajectories and groups as evenly as can be.
+    """
+    counts = np.bincount(rows.trajectory)
+    orders = [
+        start + rng.permutation(count)[: kept_steps(count, fraction)]
+        for start, count in zip(np.cumsum(counts) - counts, counts, strict=True)
+    ]
+    columns = []
+    for k in range(max(map(len, orders))):
+        column = np.array([order[k] for order in orders if len(order) > k])
+        columns.append(column[rng.permutation(len(column))])
+    return np.concatenate(columns)
+
+
+def micro_batches(update: np.ndarray, rows: Rows, ranks: Ranks, trajectories: int, size: int) -> list[np.ndarray]:
+    """This rank's rows of an update, at most ``size`` at a time, numbered within those of its share of the trajectories.
+
+    Args:
+        update: int64 (M,), of rows.
+
+    Returns:
+        int64 (m,) each, as many on every rank: the last may be empty where a rank has fewer rows.
+    """
+    owner = np.searchsorted(ranks.bounds(trajectories), rows.trajectory[update], side="right") - 1
+    rounds = -(-np.bincount(owner).max() // size)
+    first = np.searchsorted(rows.trajectory, ranks.share(trajectories).start)
+    own = update[owner == ranks.rank] - first
+    return [own[k * size : (k + 1) * size] for k in range(rounds)]

@@ -1,0 +1,39 @@
+"""The loss of a micro-batch: what updates and the replay compute, what the memory estimate traces and its probe runs."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+
+from fastloop.config import Config
+from fastloop.kernels.reference import MicroBatch, PolicyTerms, transition_mean
+from fastloop.objectives import OBJECTIVES, gaussian_kl
+
+
+def micro_batch_loss(
+    denoiser, ops: ModuleType, config: Config, batch: MicroBatch, cond, uncond
+) -> tuple[PolicyTerms, torch.Tensor, dict[str, torch.Tensor]]:
+    """The loss of each row, float32 (B,), with its gradient.
+
+    Args:
+        ops: what `kernels.backend` gives. cond, uncond: of the rows' prompts, as `Denoiser.encode` gives them.
+
+    Returns:
+        The objective's terms; the whole loss, with KL and weight; and what else is logged of each row, by name.
+    """
+
+    def predict(latents: torch.Tensor, timesteps: torch.Tensor):
+        return denoiser.predict(latents, timesteps, cond, uncond)
+
+    terms, outputs = OBJECTIVES[config.objective].terms(ops, predict, batch, config)
+    loss, logged = terms.loss, {}
+    if config.kl.weight:
+        with torch.no_grad(), denoiser.reference():
+            reference = predict(batch.x_t, batch.timestep)
+        means = (
+            transition_mean(*of, batch.x_t, batch.a, batch.b, config.sampling.guidance_scale) for of in (outputs, reference)
+        )
+        distance = gaussian_kl(*means, batch.sigma)
+        loss, logged = loss + config.kl.weight * distance, {"kl_reference": distance.detach()}
+    return terms, batch.weight * loss, logged

@@ -1,0 +1,152 @@
+"""What others add from outside: an objective, an advantage. Each is one object and one line in a table, and trains a run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from kernel_cases import case, gradients, update
+
+from fastloop.advantages import ADVANTAGES, Advantage, weighted_sum
+from fastloop.errors import UserError
+from fastloop.kernels import fused, reference
+from fastloop.kernels.reference import STATISTICS, PolicyTerms, normal
+from fastloop.objectives import OBJECTIVES, Objective
+from fastloop.tracking import read_rows
+from fastloop.trainer import Trainer
+
+
+def squared_hinge(log_prob, log_prob_old, advantage, clip_range, kl=None):
+    """A loss that no kernel has."""
+    return (1 - advantage * (log_prob - log_prob_old)).clamp(min=0).square()
+
+
+@pytest.fixture
+def hinge(monkeypatch):
+    monkeypatch.setitem(OBJECTIVES, "hinge", Objective("hinge", squared_hinge))
+
+
+@pytest.mark.usefixtures("hinge")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_objective_without_a_kernel_is_computed_from_the_fused_log_prob(make_config, dtype):
+    arguments = update(case(dtype=dtype, sigma=0.3))
+    wanted, exact = gradients(reference, arguments, "hinge")
+    leaves = [arguments[name].detach().requires_grad_() for name in ("cond", "uncond")]
+    columns = {name: arguments[name] for name in ("x_t", "x_prev", "a", "b", "sigma", "log_prob_old", "advantage")}
+    columns |= {"trajectory": arguments["trajectory"], "step": arguments["step"]}
+    config = make_config(clip_range=arguments["clip_range"], sampling={"guidance_scale": arguments["guidance"]})
+    batch = reference.MicroBatch(**columns)
+    terms, outputs = OBJECTIVES["hinge"].terms(fused, lambda x, t: tuple(leaves), batch, config)
+    assert outputs == tuple(leaves) and torch.equal(terms.log_prob, wanted.log_prob)
+    torch.testing.assert_close(terms.loss, wanted.loss, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(terms.statistics, wanted.statistics, rtol=1e-4, atol=1e-6)
+    weights = torch.arange(1.0, len(terms.loss) + 1)
+    for got, want in zip(torch.autograd.grad((terms.loss * weights).sum(), leaves), exact, strict=True):
+        scale = want.abs().max().item()
+        assert scale > 0 and (got - want).abs().max() <= (1e-4 if dtype == torch.float32 else 1e-2) * scale
+
+
+@pytest.mark.usefixtures("hinge")
+def test_a_run_with_an_objective_of_ones_own_starts_at_ratio_1_and_learns(make_config):
+    config = make_config(objective="hinge", iterations=1)
+    trainer = Trainer(config, leave_out=("evaluation", "report"))
+    before = {name: p.detach().clone() for name, p in trainer.parameters.items()}
+    (row,) = read_rows(trainer.train() / "metrics.jsonl")
+    assert row["policy/replay_max_dev"] == 0 and row["policy/grad_norm"] > 0
+    assert any(not p.equal(before[name]) for name, p in trainer.parameters.items())
+
+
+def test_an_objective_of_the_kl_without_a_kernel_says_that_it_needs_the_reference(make_config):
+    objective = Objective("bounded", lambda log_prob, old, advantage, clip, kl: kl - advantage * log_prob, uses_kl=True)
+    with pytest.raises(ValueError, match="^objective: bounded needs the KL, .*: set kernels=reference$"):
+        objective.terms(fused, lambda x, t: (x, None), reference.MicroBatch(*[torch.zeros(1)] * 7), make_config())
+
+
+@dataclass(frozen=True)
+class Renoised(Objective):
+    """Noises the final latents again; the prediction moves towards the noise of good ones and away from that of bad ones."""
+
+    def terms(self, ops, predict, batch, config):
+        noise = normal(config.seed, batch.trajectory, batch.step, batch.x_prev[0].numel()).view_as(batch.x_prev)
+        outputs = predict(batch.x_prev + noise, batch.timestep)
+        distance = (outputs[0].float() - noise).square().flatten(1).mean(1)
+        rows = torch.ones_like(distance)
+        statistics = dict.fromkeys(STATISTICS, 0.0) | {"ratio": float(len(rows))}
+        loss = batch.advantage * distance
+        return PolicyTerms(loss, rows, rows, torch.tensor(list(statistics.values()), device=loss.device)), outputs
+
+
+@pytest.fixture
+def renoised(monkeypatch):
+    objective = Renoised("renoised", lambda *args: None, uses_ratio=False, stored_steps=False)
+    monkeypatch.setitem(OBJECTIVES, "renoised", objective)
+
+
+@pytest.mark.usefixtures("renoised")
+def test_an_objective_that_takes_only_the_final_latents_keeps_no_others_and_learns(make_config, monkeypatch):
+    kept, config = [], make_config(objective="renoised", updates_per_rollout=1, iterations=1)
+    trainer = Trainer(config, leave_out=("evaluation", "report"))
+    rollout = trainer.rollout
+    trainer.rollout = lambda *args: kept.append(rollout(*args)) or kept[-1]
+    (row,) = read_rows(trainer.train() / "metrics.jsonl")
+    trajectories = kept[0]
+    assert trajectories.latents.shape == (1, 6, 4, 8, 8)
+    assert (trainer.denoiser.decode(trajectories.latents[0], 4) == trajectories.images).all()
+    transitions = trajectories.transitions(trainer.steps_trained)
+    assert len(transitions) == 24 and transitions.state.equal(transitions.next_state)
+    assert transitions.state.tolist() == transitions.trajectory.tolist() == [i for i in range(6) for _ in range(4)]
+    assert row["policy/grad_norm"] > 0 and "policy/replay_max_dev" not in row and row["policy/ratio_max_dev"] == 0
+
+
+@pytest.mark.usefixtures("renoised")
+@pytest.mark.parametrize(
+    "changes, says",
+    [({"kl": {"weight": 0.1}}, "kl.weight: objective=renoised"), ({"passes_per_rollout": 2}, "passes_per_rollout: renoised")],
+)
+def test_what_an_objective_says_of_itself_is_checked_with_the_rest(make_config, changes, says):
+    with pytest.raises(UserError, match=says):
+        make_config(objective="renoised", **changes)
+
+
+class LastStepCounts(Advantage):
+    """The reward above its mean, twice as much for the last trained step as for the others; it counts its rollouts."""
+
+    def __init__(self) -> None:
+        self.rollouts = 0
+
+    def __call__(self, prompts, terms, weights):
+        self.rollouts += 1
+        above = weighted_sum(terms, weights)
+        above = above - above.mean()
+        return torch.stack([above, above, above, 2 * above], -1)
+
+    def state_dict(self):
+        return {"rollouts": self.rollouts}
+
+    def load_state_dict(self, state):
+        self.rollouts = state["rollouts"]
+
+
+def test_an_advantage_may_give_each_step_its_own_and_remember(make_config, monkeypatch):
+    monkeypatch.setitem(ADVANTAGES, "last_step_counts", LastStepCounts)
+    config = make_config(advantage="last_step_counts", iterations=1)
+    left_out = ("evaluation", "report")
+    trainer, seen = Trainer(config, leave_out=left_out), []
+    loss = trainer.update.loss
+
+    def recorded(transitions, advantages, rows, text):
+        columns = transitions.trajectory[rows], transitions.step[rows], advantages[rows]
+        seen.extend(zip(*(column.tolist() for column in columns), strict=True))
+        return loss(transitions, advantages, rows, text)
+
+    trainer.train()
+    trainer = Trainer(make_config(advantage="last_step_counts", iterations=2), resume=True, leave_out=left_out)
+    assert trainer.advantage.rollouts == 1
+    loss = trainer.update.loss
+    trainer.update.loss = recorded
+    trainer.train()
+    assert trainer.advantage.rollouts == 2
+    of = {(trajectory, step): advantage for trajectory, step, advantage in seen}
+    assert len(of) == 24 and all(of[i, 3] == 2 * of[i, 0] == 2 * of[i, 1] for i in range(6))
+    assert any(of.values())
