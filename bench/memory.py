@@ -41,7 +41,7 @@ import torch
 
 from fastloop import cli
 from fastloop import trainer as trainer_module
-from fastloop.config import Config, apply_overrides, dump_config, load_config, parse_config
+from fastloop.config import Config
 from fastloop.denoisers import ASSETS, build_skeleton, load_denoiser
 from fastloop.denoisers.base import DTYPES
 from fastloop.errors import UserError
@@ -49,6 +49,7 @@ from fastloop.machine import describe_machine, versions
 from fastloop.observer import Observer
 from fastloop.plan import memory as planned
 from fastloop.ranks import Ranks
+from fastloop.recipes import apply_overrides, dump_config, load_config, parse_config
 from fastloop.trainer import Trainer
 
 ROWS = {  # name: (label, overrides beyond those of the rows above it)

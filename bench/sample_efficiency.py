@@ -35,9 +35,10 @@ import numpy as np
 import torch
 
 from fastloop import cli
-from fastloop.config import Config, dump_config, load_config
+from fastloop.config import Config
 from fastloop.errors import UserError
 from fastloop.machine import describe_machine, versions
+from fastloop.recipes import dump_config, load_config
 from fastloop.tracking import read_rows
 
 METHODS = {  # name: (algorithm, K)

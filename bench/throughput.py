@@ -39,13 +39,14 @@ import torch
 from worker import PHASES, Server
 
 from fastloop import cli
-from fastloop.config import Config, apply_overrides, dump_config, load_config, parse_config
+from fastloop.config import Config
 from fastloop.denoisers import build_skeleton
 from fastloop.denoisers.base import DTYPES
 from fastloop.errors import UserError
 from fastloop.kernels import choose
 from fastloop.machine import describe_machine, versions
 from fastloop.prompts import load_prompts
+from fastloop.recipes import apply_overrides, dump_config, load_config, parse_config
 
 HERE = Path(__file__).resolve().parent
 SYSTEMS = {  # name: overrides of fastloop's configuration; None: another trainer

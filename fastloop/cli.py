@@ -17,8 +17,8 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "critical")
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "critical")
 os.environ.setdefault("HF_HUB_VERBOSITY", "critical")
 
-from fastloop.config import load_config
 from fastloop.errors import RunFailed, UserError
+from fastloop.recipes import load_config
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on some CPUs it misses an optional package when imported
 
@@ -170,9 +170,9 @@ def _load(args: argparse.Namespace):
     """The configuration and the denoiser of a YAML file (base model) or of a run folder (newest weights)."""
     from fastloop import kernels
     from fastloop.checkpoints import list_checkpoints, load_checkpoint, load_weights
-    from fastloop.config import apply_overrides, parse_config
     from fastloop.denoisers import load_denoiser
     from fastloop.plan import check, check_device
+    from fastloop.recipes import apply_overrides, parse_config
     from fastloop.rundir import read_run_config
 
     def base():
@@ -283,8 +283,9 @@ def _score(args: argparse.Namespace) -> int:
     import numpy as np
     from PIL import Image, UnidentifiedImageError
 
-    from fastloop.config import RewardConfig, apply_overrides
+    from fastloop.config import RewardConfig
     from fastloop.prompts import Prompt
+    from fastloop.recipes import apply_overrides
     from fastloop.rewards import Rewards
 
     if len(args.prompt) not in (0, 1, len(args.images)):

@@ -1,19 +1,14 @@
-"""The run configuration: strict models, YAML files, dotted overrides, and the numbers derived from them."""
+"""The run configuration: strict models, the rules between their keys, and the numbers derived from them."""
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Iterator
 from dataclasses import asdict
-from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from fastloop.algorithms import ALGORITHMS
-from fastloop.errors import UserError
 
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
@@ -327,240 +322,12 @@ class Config(Strict):
 
     @model_validator(mode="after")
     def _cross_field(self) -> Config:
-        from fastloop.advantages import ADVANTAGES
-        from fastloop.objectives import OBJECTIVES
+        from fastloop.rules import problem  # with torch, which reading a file must not wait for
 
-        for key, known in (("advantage", ADVANTAGES), ("objective", OBJECTIVES)):
-            if getattr(self, key) not in known:
-                raise ValueError(f"{key}: unknown name {getattr(self, key)!r}: one of {', '.join(known)}")
-        if problem := self._model_problem():
-            raise ValueError(problem)
-        if ADVANTAGES[self.advantage]().needs_groups and self.images_per_prompt < 2:
-            raise ValueError(
-                f"images_per_prompt: {self.advantage} compares the images of one prompt: set at least 2, "
-                "or choose algorithm=ppo or algorithm=reinforce"
-            )
-        if self.updates_per_rollout % self.passes_per_rollout:
-            raise ValueError(
-                f"updates_per_rollout: {self.updates_per_rollout} optimizer steps cannot be shared equally by "
-                f"passes_per_rollout={self.passes_per_rollout}: use a multiple of it"
-            )
-        if self.last_steps.drop >= self.sampling.steps:
-            raise ValueError(
-                f"last_steps.drop: {self.last_steps.drop} leaves none of sampling.steps={self.sampling.steps} to train"
-            )
-        if not OBJECTIVES[self.objective].uses_ratio and self.passes_per_rollout > 1:
-            raise ValueError(
-                f"passes_per_rollout: {self.objective} has no importance ratio, so a second pass over the same "
-                "trajectories is biased: set 1, or choose algorithm=loop"
-            )
-        if not OBJECTIVES[self.objective].stored_steps and self.kl.weight:
-            raise ValueError(
-                f"kl.weight: objective={self.objective} trains on final latents, which have no step whose policy could be "
-                "compared: set it to 0"
-            )
-        for i, reward in enumerate(self.eval.rewards or ()):
-            if reward.normalize is not None:
-                raise ValueError(
-                    f"eval.rewards.{i}.normalize: held-out scores are as they are, so that they can be compared: remove it"
-                )
-        if problem := self._engine_problem():
-            raise ValueError(problem)
+        if found := problem(self):
+            raise ValueError(found)
         return self
-
-    def _model_problem(self) -> str | None:
-        model = self.model
-        if model.lora.text_encoders and model.adapter == "full":
-            return "model.lora.text_encoders: model.adapter=full trains the UNet alone: set it to false, or model.adapter=lora"
-        if model.random_init is None:
-            return "model.path: no model: give assets:shapes, a folder or a hub id" if model.path is None else None
-        for key in ("path", "revision", "variant"):
-            if (value := getattr(model, key)) is not None:
-                random = f"model.random_init={model.random_init}"
-                return f"model.{key}: {value}, but {random} reads no files: set one of them to null"
-        return None
-
-    def _engine_problem(self) -> str | None:
-        """What of the engine, the optimizer and the rest does not go together, by the table in docs/multi_gpu.md."""
-        engine, optimizer = self.engine, self.optimizer.name
-        if engine.name == "torch":
-            for key in ("zero_stage", "offload_optimizer", "offload_parameters", "rollout_parameters", "deepspeed_config"):
-                if getattr(engine, key) != type(engine).model_fields[key].default:
-                    return f"engine.{key}: only DeepSpeed has it: set engine.name=deepspeed, or leave it out"
-            if optimizer == "cpu_adamw":
-                return "optimizer.name: cpu_adamw is for engine.name=deepspeed engine.offload_optimizer=true: set it to adamw"
-            return None
-        stage = engine.zero_stage
-        if engine.offload_optimizer and stage == 0:
-            return "engine.offload_optimizer: engine.zero_stage=0 keeps the optimizer on the device: set it to 1, 2 or 3"
-        if engine.offload_optimizer and optimizer != "cpu_adamw":
-            return (
-                f"optimizer.name: {optimizer} does not step in the CPU's memory, as engine.offload_optimizer=true wants: "
-                "set it to cpu_adamw"
-            )
-        if optimizer == "cpu_adamw" and not engine.offload_optimizer:
-            return "optimizer.name: cpu_adamw steps in the CPU's memory: set engine.offload_optimizer=true, or adamw"
-        if engine.offload_parameters and stage != 3:
-            return f"engine.offload_parameters: engine.zero_stage={stage} keeps the weights on every device: set zero_stage=3"
-        if engine.offload_parameters and not engine.offload_optimizer:
-            return "engine.offload_parameters: the optimizer goes first: set engine.offload_optimizer=true and cpu_adamw"
-        if engine.rollout_parameters is not None and stage != 3:
-            return f"engine.rollout_parameters: with engine.zero_stage={stage} the weights are always whole: leave it out"
-        if stage == 3 and self.model.lora.text_encoders:
-            return "model.lora.text_encoders: engine.zero_stage=3 shares out the UNet alone: set it to false, or zero_stage=2"
-        if stage == 3 and self.kl.weight and self.model.adapter == "full":
-            return (
-                "kl.weight: a full fine-tune's frozen copy is not shared out: set engine.zero_stage=2, or model.adapter=lora"
-            )
-        if stage == 3 and self.ema.decay and engine.rollout_parameters == "layerwise":
-            return "ema.decay: the average is put in for evaluation as a whole: set engine.rollout_parameters=gathered"
-        return None
 
     @property
     def images_per_rollout(self) -> int:
         return self.prompts_per_step * self.images_per_prompt
-
-
-def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
-    """Reads a YAML file and applies ``key=value`` overrides with dotted keys.
-
-    Raises:
-        UserError: one line with the file, the key and the remedy.
-    """
-    path = Path(path)
-    try:
-        values = yaml.load(path.read_text(), _UniqueKeys)
-    except FileNotFoundError:
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.y*ml")], 1)
-        hint = f": did you mean {path.parent / near[0]}?" if near else ": the recipes are in configs/"
-        raise UserError(f"no config file {path}{hint}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"cannot read the config file {path}: {reason}; give a YAML file, as in configs/") from None
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: 2024-13-01 is no date
-        mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}, column {mark.column + 1}," if mark else ""
-        raise UserError(f"{path}{where} is not valid YAML: {getattr(error, 'problem', error)}") from None
-    if not isinstance(values, dict):
-        found = "nothing" if values is None else f"a {type(values).__name__}"
-        raise UserError(f"{path}: expected keys such as 'algorithm: loop', found {found}")
-    return parse_config(apply_overrides(values, overrides), str(path))
-
-
-class _UniqueKeys(yaml.SafeLoader):
-    """YAML as it is meant: of a key given twice PyYAML would silently take the last."""
-
-    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
-        node, seen = super().compose_mapping_node(anchor), set()
-        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
-            if key.value in seen:
-                raise yaml.MarkedYAMLError(problem=f"the key {key.value!r} is given twice", problem_mark=key.start_mark)
-            seen.add(key.value)
-        return node
-
-
-def apply_overrides(values: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
-    """``values`` with ``sampling.steps=20``-style overrides put in; list items by number (``rewards.0.weight=2``)."""
-    values = yaml.safe_load(yaml.safe_dump(values))  # a deep copy
-    for text in overrides:
-        key, equals, value = text.partition("=")
-        if not equals or not key:
-            raise UserError(f"override {text!r}: write it as key=value, for example sampling.steps=20")
-        try:
-            parsed = yaml.safe_load(value)
-        except (yaml.YAMLError, ValueError):
-            raise UserError(f"override {key}: {value!r} is not a YAML value; quote it") from None
-        *parents, last = key.split(".")
-        node: Any = values
-        for part in parents:
-            node = _step_into(node, part, key)
-        if isinstance(node, list):
-            if not last.isdecimal() or int(last) >= len(node):
-                raise UserError(f"override {key}: {last!r} is not one of the items 0 to {len(node) - 1}")
-            node[int(last)] = parsed
-        else:
-            node[last] = parsed
-    return values
-
-
-def _step_into(node: Any, part: str, key: str) -> Any:
-    if isinstance(node, list):
-        if not part.isdecimal() or int(part) >= len(node):
-            raise UserError(f"override {key}: {part!r} is not one of the items 0 to {len(node) - 1}")
-        return node[int(part)]
-    if node.get(part) is None:
-        node[part] = {}
-    if not isinstance(node[part], (dict, list)):
-        raise UserError(f"override {key}: {part!r} is a single value, it has no keys below it")
-    return node[part]
-
-
-def parse_config(values: dict[str, Any], source: str) -> Config:
-    """A validated configuration. Raises ``UserError`` with one line: source, key, what is wrong, nearest right name."""
-    try:
-        return Config.model_validate(values)
-    except ValidationError as error:
-        # a misspelt key first: what it leaves missing follows from it
-        problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
-        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise UserError(f"{source}: {_explain(problems[0])}{more}") from None
-
-
-def dump_config(config: Config) -> str:
-    """The configuration as YAML; reading it back gives the same one.
-
-    What the algorithm brings is left out, so that the file with another `algorithm` is that algorithm's.
-    """
-    values = config.model_dump(mode="json")
-    for key, value in asdict(ALGORITHMS[config.algorithm]).items():
-        if values[key] == value:
-            del values[key]
-    return yaml.safe_dump(values, sort_keys=False)
-
-
-def _explain(problem: dict[str, Any]) -> str:
-    kind, value, parents = problem["type"], problem["input"], list(problem["loc"])
-    key = ".".join(str(part) for part in parents)
-    if kind == "extra_forbidden":
-        known = list(_model_at(parents[:-1]).model_fields)
-        near = difflib.get_close_matches(str(parents[-1]), known, 1)
-        near += [path for path in _paths(Config) if path.split(".")[-1] == parents[-1]]
-        remedy = f"did you mean {' or '.join(map(repr, near))}?" if near else f"the keys here are {', '.join(known)}"
-        return f"{key}: unknown key; {remedy}"
-    if kind == "value_error":  # cross-field rules name their key themselves
-        return f"{key}: {problem['ctx']['error']}" if key else str(problem["ctx"]["error"])
-    if kind == "missing":
-        return f"{key}: missing; add it"
-    if kind == "model_type":
-        return f"{key}: expected keys below it ({', '.join(_model_at(parents).model_fields)}), got {value!r}"
-    if kind == "list_type":
-        return f"{key}: expected a list in [ ], got {value!r}"
-    if kind == "string_type":
-        quote = "" if value is None or isinstance(value, (dict, list)) else "; put it in quotes"
-        return f"{key}: expected text, got {value!r}{quote}"
-    return f"{key}: {problem['msg'][0].lower()}{problem['msg'][1:]}, got {value!r}"
-
-
-def _model_at(parents: list[Any]) -> type[BaseModel]:
-    """The model that a path of keys leads to."""
-    model: type[BaseModel] = Config
-    for part in parents:
-        if isinstance(part, str):
-            model = _model_of(model.model_fields[part].annotation)
-    return model
-
-
-def _model_of(annotation: Any) -> type[BaseModel] | None:
-    """The model in an annotation such as ``list[RewardConfig] | None``; ``None`` where there is none."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    return next((model for inner in get_args(annotation) if (model := _model_of(inner))), None)
-
-
-def _paths(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """The dotted names of all keys, without those of list items."""
-    for name, field in model.model_fields.items():
-        yield prefix + name
-        below = _model_of(field.annotation)
-        if below and isinstance(field.annotation, type):
-            yield from _paths(below, f"{prefix}{name}.")

@@ -11,7 +11,7 @@ import torch
 
 from fastloop import kernels
 from fastloop.batches import Batches, trained_steps
-from fastloop.config import Config, MemoryConfig, load_config
+from fastloop.config import Config, MemoryConfig
 from fastloop.denoisers import build_skeleton
 from fastloop.denoisers.base import Denoiser
 from fastloop.engines.deepspeed import deepspeed_problem, deepspeed_settings
@@ -22,6 +22,7 @@ from fastloop.memory import Chosen, Estimate, Traced, choose, estimate, free_byt
 from fastloop.optimizers import optimizer_problem
 from fastloop.prompts import Prompt, load_prompts, prompt_facts
 from fastloop.ranks import ALONE, Ranks
+from fastloop.recipes import load_config
 from fastloop.rewards import Rewards
 from fastloop.rollout import sampler_table
 from fastloop.tracking import tracking_packages

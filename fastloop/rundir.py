@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from fastloop.checkpoints import check_checkpoint, iteration_of, list_checkpoints, remove_leftovers
-from fastloop.config import Config, dump_config, load_config
+from fastloop.config import Config
 from fastloop.errors import UserError
 from fastloop.machine import versions
+from fastloop.recipes import dump_config, load_config
 from fastloop.tracking import read_rows, replace_text
 
 # What may change between the two halves of a run; everything else would make it another run.

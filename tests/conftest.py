@@ -26,8 +26,8 @@ from diffusers import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from fastloop.config import parse_config
 from fastloop.denoisers import ASSETS
+from fastloop.recipes import parse_config
 
 torch.set_num_threads(1)
 SLOWEST = ("test_deepspeed.py", "test_plan.py", "test_compile.py", "test_text_lora.py", "test_sdxl.py", "test_memory.py")

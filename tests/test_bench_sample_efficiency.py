@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from fastloop.config import dump_config
+from fastloop.recipes import dump_config
 
 
 @pytest.fixture(scope="module")

@@ -19,10 +19,10 @@ from safetensors.torch import load_file
 
 import fastloop
 from fastloop.cli import main
-from fastloop.config import dump_config
 from fastloop.errors import RunFailed, UserError
 from fastloop.evaluation import EVAL_STREAM
 from fastloop.prompts import load_prompts, prompt_facts
+from fastloop.recipes import dump_config
 from fastloop.rundir import claim_run_dir, write_run
 from fastloop.stopping import Stopped
 from fastloop.trainer import Trainer

@@ -15,11 +15,11 @@ from test_deepspeed import distance, equal, train_all, weights, zero
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastloop.config import parse_config
 from fastloop.denoisers import load_denoiser
 from fastloop.denoisers.base import FlashAttention
 from fastloop.errors import UserError
 from fastloop.plan import check
+from fastloop.recipes import parse_config
 from fastloop.tracking import read_rows
 from fastloop.trainer import Trainer
 

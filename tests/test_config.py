@@ -13,10 +13,11 @@ from fastloop.advantages import ADVANTAGES
 from fastloop.algorithms import ALGORITHMS, Algorithm
 from fastloop.batches import kept_steps, trained_steps
 from fastloop.cli import main
-from fastloop.config import Config, apply_overrides, dump_config, load_config, parse_config
+from fastloop.config import Config
 from fastloop.errors import UserError
 from fastloop.objectives import OBJECTIVES
 from fastloop.prompts import load_prompts
+from fastloop.recipes import apply_overrides, dump_config, load_config, parse_config
 from fastloop.rollout import sampler_table
 
 RECIPES = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))

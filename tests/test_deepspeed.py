@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fastloop.config import load_config, parse_config
+from fastloop.recipes import load_config, parse_config
 from fastloop.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from fastloop.config import Config, _model_of
+from fastloop.config import Config
+from fastloop.recipes import _model_of
 from fastloop.tracking import read_rows
 from fastloop.trainer import Trainer
 

@@ -15,12 +15,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastloop.batches import Batches, micro_batches, shuffled
-from fastloop.config import load_config
 from fastloop.denoisers import build_skeleton, load_denoiser
 from fastloop.errors import UserError
 from fastloop.memory import choose, free_bytes, probed_factor
 from fastloop.plan import check
 from fastloop.ranks import Ranks
+from fastloop.recipes import load_config
 from fastloop.rollout import Texts, Trajectories, rollout, sampler_table
 from fastloop.tracking import read_rows
 from fastloop.trainer import Trainer

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from fastloop.cli import main
-from fastloop.config import OptimizerConfig, dump_config
+from fastloop.config import OptimizerConfig
 from fastloop.engines.torch import TorchEngine
 from fastloop.optimizers import OPTIMIZERS, build_optimizer, optimizer_problem, state_bytes
+from fastloop.recipes import dump_config
 
 CPU = torch.device("cpu")
 ON_CPU = [name for name in OPTIMIZERS if optimizer_problem(name, CPU) is None]

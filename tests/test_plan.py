@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from fastloop.batches import Batches, Rows, shuffled, trained_steps
-from fastloop.config import parse_config
 from fastloop.denoisers import build_skeleton, load_denoiser
 from fastloop.errors import UserError
 from fastloop.kernels.reference import MicroBatch, policy_loss
 from fastloop.memory import LiveBytes, Traced
 from fastloop.plan import check, derived_lines, memory, plan, prompts_line, time_lines
 from fastloop.prompts import Prompt
+from fastloop.recipes import parse_config
 from fastloop.rollout import sampler_table
 from fastloop.trainer import Trainer
 

@@ -9,9 +9,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from fastloop.config import PromptsConfig, parse_config
+from fastloop.config import PromptsConfig
 from fastloop.errors import UserError
 from fastloop.prompts import PER_CATEGORY, Prompt, PromptStream, load_prompts
+from fastloop.recipes import parse_config
 from fastloop.shapes.grammar import CATEGORIES, HELD_OUT, parse
 
 

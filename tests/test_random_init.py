@@ -11,10 +11,11 @@ import torch
 
 from fastloop import denoisers
 from fastloop.checkpoints import list_checkpoints, load_checkpoint
-from fastloop.config import ModelConfig, dump_config, load_config
+from fastloop.config import ModelConfig
 from fastloop.denoisers import build_skeleton, load_denoiser
 from fastloop.errors import UserError
 from fastloop.plan import check, overview
+from fastloop.recipes import dump_config, load_config
 from fastloop.trainer import Trainer
 
 CPU = torch.device("cpu")

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from fastloop.config import load_config
 from fastloop.prompts import ANIMALS
+from fastloop.recipes import load_config
 from fastloop.rewards import REGISTRY, Rewards
 from fastloop.rewards.noun_phrases import by_rule
 

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastloop.config import RewardConfig, parse_config
+from fastloop.config import RewardConfig
 from fastloop.errors import RewardFailed, UserError
 from fastloop.prompts import Prompt
+from fastloop.recipes import parse_config
 from fastloop.rewards import Moments, Rewards, save_unscored
 from fastloop.tracking import read_rows
 from fastloop.trainer import Trainer

@@ -16,9 +16,9 @@ import pytest
 import yaml
 
 from fastloop.checkpoints import save_checkpoint
-from fastloop.config import dump_config, load_config
 from fastloop.errors import UserError
 from fastloop.prompts import Prompt, prompt_facts
+from fastloop.recipes import dump_config, load_config
 from fastloop.rundir import claim_run_dir, read_run_config, release_run_dir, write_run
 
 CATS, DOGS = [Prompt("a cat"), Prompt("a black cat", {"category": "color"})], [Prompt("a dog"), Prompt("a cat")]

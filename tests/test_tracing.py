@@ -7,7 +7,7 @@ import json
 import pytest
 
 from fastloop import tracing, train
-from fastloop.config import dump_config
+from fastloop.recipes import dump_config
 from fastloop.tracing import LABELS, Profile
 from fastloop.trainer import Trainer
 

@@ -31,10 +31,11 @@ from fastloop.algorithms import ALGORITHMS
 from fastloop.batches import Rows, shuffled, step_weights
 from fastloop.checkpoints import load_checkpoint
 from fastloop.cli import main
-from fastloop.config import Config, dump_config, load_config, parse_config
+from fastloop.config import Config
 from fastloop.engines.torch import TorchEngine
 from fastloop.errors import RunFailed
 from fastloop.prompts import ANIMALS
+from fastloop.recipes import dump_config, load_config, parse_config
 from fastloop.report import write_report
 from fastloop.rewards import Scores
 from fastloop.stopping import Stopped

@@ -12,8 +12,8 @@ import sys
 import torch
 
 from fastloop import trainer as trainer_module
-from fastloop.config import parse_config
 from fastloop.ranks import Ranks
+from fastloop.recipes import parse_config
 from fastloop.trainer import Trainer
 
 torch.set_num_threads(1)

@@ -1,0 +1,97 @@
+"""Which keys of a configuration go together. Each rule gives one line that names the key and the remedy."""
+
+from __future__ import annotations
+
+from fastloop.advantages import ADVANTAGES
+from fastloop.config import Config
+from fastloop.objectives import OBJECTIVES
+
+
+def problem(config: Config) -> str | None:
+    """The first rule that a configuration breaks; ``None`` where it breaks none."""
+    return _of_names(config) or _of_model(config) or _of_algorithm(config) or _of_engine(config)
+
+
+def _of_names(config: Config) -> str | None:
+    for key, known in (("advantage", ADVANTAGES), ("objective", OBJECTIVES)):
+        if getattr(config, key) not in known:
+            return f"{key}: unknown name {getattr(config, key)!r}: one of {', '.join(known)}"
+    return None
+
+
+def _of_model(config: Config) -> str | None:
+    model = config.model
+    if model.lora.text_encoders and model.adapter == "full":
+        return "model.lora.text_encoders: model.adapter=full trains the UNet alone: set it to false, or model.adapter=lora"
+    if model.random_init is None:
+        return "model.path: no model: give assets:shapes, a folder or a hub id" if model.path is None else None
+    for key in ("path", "revision", "variant"):
+        if (value := getattr(model, key)) is not None:
+            random = f"model.random_init={model.random_init}"
+            return f"model.{key}: {value}, but {random} reads no files: set one of them to null"
+    return None
+
+
+def _of_algorithm(config: Config) -> str | None:
+    objective = OBJECTIVES[config.objective]
+    if ADVANTAGES[config.advantage]().needs_groups and config.images_per_prompt < 2:
+        return (
+            f"images_per_prompt: {config.advantage} compares the images of one prompt: set at least 2, "
+            "or choose algorithm=ppo or algorithm=reinforce"
+        )
+    if config.updates_per_rollout % config.passes_per_rollout:
+        return (
+            f"updates_per_rollout: {config.updates_per_rollout} optimizer steps cannot be shared equally by "
+            f"passes_per_rollout={config.passes_per_rollout}: use a multiple of it"
+        )
+    if config.last_steps.drop >= config.sampling.steps:
+        return f"last_steps.drop: {config.last_steps.drop} leaves none of sampling.steps={config.sampling.steps} to train"
+    if not objective.uses_ratio and config.passes_per_rollout > 1:
+        return (
+            f"passes_per_rollout: {config.objective} has no importance ratio, so a second pass over the same "
+            "trajectories is biased: set 1, or choose algorithm=loop"
+        )
+    if not objective.stored_steps and config.kl.weight:
+        return (
+            f"kl.weight: objective={config.objective} trains on final latents, which have no step whose policy could be "
+            "compared: set it to 0"
+        )
+    for i, reward in enumerate(config.eval.rewards or ()):
+        if reward.normalize is not None:
+            return f"eval.rewards.{i}.normalize: held-out scores are as they are, so that they can be compared: remove it"
+    return None
+
+
+def _of_engine(config: Config) -> str | None:
+    """What of the engine, the optimizer and the rest does not go together, by the table in docs/multi_gpu.md."""
+    engine, optimizer = config.engine, config.optimizer.name
+    if engine.name == "torch":
+        for key in ("zero_stage", "offload_optimizer", "offload_parameters", "rollout_parameters", "deepspeed_config"):
+            if getattr(engine, key) != type(engine).model_fields[key].default:
+                return f"engine.{key}: only DeepSpeed has it: set engine.name=deepspeed, or leave it out"
+        if optimizer == "cpu_adamw":
+            return "optimizer.name: cpu_adamw is for engine.name=deepspeed engine.offload_optimizer=true: set it to adamw"
+        return None
+    stage = engine.zero_stage
+    if engine.offload_optimizer and stage == 0:
+        return "engine.offload_optimizer: engine.zero_stage=0 keeps the optimizer on the device: set it to 1, 2 or 3"
+    if engine.offload_optimizer and optimizer != "cpu_adamw":
+        return (
+            f"optimizer.name: {optimizer} does not step in the CPU's memory, as engine.offload_optimizer=true wants: "
+            "set it to cpu_adamw"
+        )
+    if optimizer == "cpu_adamw" and not engine.offload_optimizer:
+        return "optimizer.name: cpu_adamw steps in the CPU's memory: set engine.offload_optimizer=true, or adamw"
+    if engine.offload_parameters and stage != 3:
+        return f"engine.offload_parameters: engine.zero_stage={stage} keeps the weights on every device: set zero_stage=3"
+    if engine.offload_parameters and not engine.offload_optimizer:
+        return "engine.offload_parameters: the optimizer goes first: set engine.offload_optimizer=true and cpu_adamw"
+    if engine.rollout_parameters is not None and stage != 3:
+        return f"engine.rollout_parameters: with engine.zero_stage={stage} the weights are always whole: leave it out"
+    if stage == 3 and config.model.lora.text_encoders:
+        return "model.lora.text_encoders: engine.zero_stage=3 shares out the UNet alone: set it to false, or zero_stage=2"
+    if stage == 3 and config.kl.weight and config.model.adapter == "full":
+        return "kl.weight: a full fine-tune's frozen copy is not shared out: set engine.zero_stage=2, or model.adapter=lora"
+    if stage == 3 and config.ema.decay and engine.rollout_parameters == "layerwise":
+        return "ema.decay: the average is put in for evaluation as a whole: set engine.rollout_parameters=gathered"
+    return None
