@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -17,7 +18,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "critical")
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "critical")
 os.environ.setdefault("HF_HUB_VERBOSITY", "critical")
 
-from fastloop.errors import RunFailed, UserError
+from fastloop.errors import RunFailed, UserError, one_line
 from fastloop.recipes import load_config
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on some CPUs it misses an optional package when imported
@@ -92,6 +93,9 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--port", type=int, default=8000, help="0: a free one (default: 8000)")
     serve.add_argument("--token-env", metavar="NAME", help="environment variable with a token that requests must carry")
     serve.add_argument("--max-mb", type=int, default=64, help="largest request (default: 64)")
+    serve.add_argument(
+        "--timeout", type=float, default=300.0, help="seconds for one batch, of rewards without their own (default: 300)"
+    )
     serve.set_defaults(run=_serve_reward)
 
     report = commands.add_parser("report", help="make a run's report.html anew")
@@ -273,7 +277,7 @@ def _eval(args: argparse.Namespace) -> int:
     width = max(map(len, parts))
     print(f"{'':{width}}   score  stderr  prompts x {config.eval.images_per_prompt} images")
     for name, part in parts.items():
-        print(f"{name:{width}}  {part['mean']:6.3f}  {part['stderr']:6.3f}  {part['n']}")
+        print(f"{one_line(name):{width}}  {part['mean']:6.3f}  {part['stderr']:6.3f}  {part['n']}")
     if args.json:
         args.json.write_text(json.dumps(plain(row), indent=1, allow_nan=False))
     return 0
@@ -301,32 +305,42 @@ def _score(args: argparse.Namespace) -> int:
             raise UserError(f"{path}: {getattr(error, 'strerror', None) or 'no picture'}") from None
     rewards = Rewards([config], [], None, "--reward")
     rewards.start()
+    prompts = [Prompt(text) for text in texts]
     try:
-        values = rewards.score_any(images, [Prompt(text) for text in texts])
+        rewards.validate_any(images, prompts)
     except ValueError as error:
         raise UserError(f"--prompt: {error}") from None
+    values = rewards.score_any(images, prompts)
     for value, path, image, text in zip(values, args.images, images, texts, strict=True):
         note = rewards.explain(image, text)
-        print(f"{value:12.6g}  {path}{f'  {note}' if note else ''}")
+        print(f"{value:12.6g}  {one_line(path)}{f'  {one_line(note)}' if note else ''}")
     rewards.close()
     return 0
 
 
 def _serve_reward(args: argparse.Namespace) -> int:
     from fastloop.rewards import Rewards
+    from fastloop.rewards.remote import read_token
     from fastloop.rewards.server import serve
 
     config = load_config(args.config, args.overrides)
     if args.max_mb < 1 or not 0 <= args.port < 2**16:
         raise UserError("--max-mb: at least 1" if args.max_mb < 1 else "--port: 0 to 65535")
-    token = None
-    if args.token_env is not None and not (token := os.environ.get(args.token_env)):
-        raise UserError(f"--token-env: the environment variable {args.token_env} is not set")
-    rewards = Rewards(config.rewards, [], None)
+    if not 0 < args.timeout < float("inf"):
+        raise UserError("--timeout: a number of seconds above 0")
+    try:
+        token = None if args.token_env is None else read_token(args.token_env)
+    except ValueError as error:
+        raise UserError(f"--token-env: {error}") from None
+    # whoever asks must be answered, so here no reward may take for ever
+    bounded = [r if r.timeout is not None else r.model_copy(update={"timeout": args.timeout}) for r in config.rewards]
+    rewards = Rewards(bounded, [], None)
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that processes of rewards end with this one
     try:
         serve(rewards, args.host, args.port, token, args.max_mb * 2**20)
     finally:
         rewards.close()
+        signal.signal(signal.SIGTERM, before)
     return 0
 
 
@@ -361,7 +375,7 @@ def _info(args: argparse.Namespace) -> int:
 
 
 def fail(message: str, code: int) -> int:
-    print(f"fastloop: {' '.join(message.split())}", file=sys.stderr)
+    print(f"fastloop: {one_line(message)}", file=sys.stderr)
     return code
 
 

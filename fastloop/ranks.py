@@ -18,12 +18,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from fastloop.errors import RunFailed, UserError
+from fastloop.errors import LIMIT, RunFailed, UserError, one_line
 
 T = TypeVar("T")
 _FAILED = "fastloop/failed"  # in the launcher's store: "RANK|message" of the first rank that failed
 _POLL, _GRACE = 0.5, 5.0  # seconds: between looks at the store, and for a rank to leave by itself once another has failed
-_LONGEST = 2000  # bytes of a message
+_LONGEST = 4 * LIMIT  # bytes of a message
 _PATIENCE = timedelta(hours=6)  # a slow reward on one rank is no failure
 
 
@@ -170,7 +170,7 @@ class Ranks:
             return
         if isinstance(error, UserError) and not self.main:
             time.sleep(1)  # all ranks refuse the same thing: let the main one say it
-        message = str(error) or kind.__name__
+        message = one_line(error) or kind.__name__
         try:
             first = self._store.compare_set(_FAILED, "", f"{self.rank}|{message}").decode() == f"{self.rank}|{message}"
         except RuntimeError:  # the main rank, which keeps the store, is gone

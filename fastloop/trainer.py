@@ -24,7 +24,7 @@ from fastloop.config import Config
 from fastloop.denoisers import load_denoiser
 from fastloop.engines.deepspeed import DeepSpeedEngine
 from fastloop.engines.torch import TorchEngine
-from fastloop.errors import RewardFailed, UserError
+from fastloop.errors import RewardFailed, UserError, described, one_line
 from fastloop.evaluation import evaluate
 from fastloop.machine import describe_machine
 from fastloop.metrics import image_statistics, reward_metrics
@@ -244,7 +244,7 @@ class Trainer:
         self.tracker.log({"iteration": self.iteration, "images": self.images, "seconds": self.seconds, **metrics})
         print(self.pace.line(self.iteration, metrics), flush=True)
         for name, text in fired.items():
-            print(f"  alarm {name}: {text}", flush=True)
+            print(f"  alarm {name}: {one_line(text)}", flush=True)
 
     def _evaluate(self) -> None:
         """Scores the evaluation prompts, once per iteration, whatever was interrupted and resumed."""
@@ -344,8 +344,7 @@ class Trainer:
             self._save()  # nothing has changed since the iteration before
             raise
         except BaseException as error:
-            own = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-            message = self.ranks.failure() or own
+            message = self.ranks.failure() or described(error)
             raise
         finally:
             self.rewards.close()

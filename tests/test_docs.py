@@ -61,3 +61,13 @@ def test_every_metric_is_defined(make_config):
     names = set(read_rows(folder / "metrics.jsonl")[0]) - {"reward/jpeg_incompressibility"}  # stands there as reward/NAME
     assert names - defined == set()
     assert set(read_rows(folder / "eval.jsonl")[0]) - defined == set()
+
+
+def test_every_test_that_reliability_names_is_there():
+    text = (ROOT / "docs" / "reliability.md").read_text()
+    named = re.findall(r"`(test_\w+\.py)(?: -k (\w+|\"[^\"]+\"))?`", text)
+    assert len(named) > 20
+    for file, words in named:
+        functions = re.findall(r"^def (test_\w+)", (ROOT / "tests" / file).read_text(), re.M)
+        for word in words.strip('"').split(" or "):
+            assert any(word in function for function in functions), (file, word)

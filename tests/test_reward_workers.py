@@ -13,10 +13,11 @@ import pytest
 from PIL import Image
 
 from fastloop.config import RewardConfig
-from fastloop.errors import RewardFailed, UserError
+from fastloop.errors import RewardFailed, RewardTimedOut, UserError
 from fastloop.prompts import Prompt
 from fastloop.recipes import parse_config
 from fastloop.rewards import Moments, Rewards, save_unscored
+from fastloop.rewards.workers import OwnProcess, Workers
 from fastloop.tracking import read_rows
 from fastloop.trainer import Trainer
 
@@ -54,6 +55,21 @@ def die(images, prompts, metadata):
 
 def leave(images, prompts, metadata):
     raise SystemExit("bye")
+
+def interrupt(images, prompts, metadata):
+    raise KeyboardInterrupt
+
+def moody(images, prompts, metadata):
+    if prompts[0] == "a dog":
+        held.wait(60)
+    if prompts[0] == "a hen":
+        os._exit(7)
+    return [os.getpid()] * len(images)
+
+def counted(images, prompts, metadata):
+    events.append(prompts[0])
+    held.wait(60)
+    return [0.0] * len(images)
 
 def slow(images, prompts, metadata):
     events.append("scoring")
@@ -105,10 +121,9 @@ def test_a_slow_reward_hides_behind_the_sampling_of_the_next_batch(make_config, 
             module.go_on.set()  # the reward answers only once the second batch has been sampled
         return decode(self, *args, **kwargs)
 
-    trainer = Trainer(make_config(rewards=[{"name": "apart:slow"}], eval={"rewards": [{"name": "jpeg_compressibility"}]}))
+    config = make_config(rewards=[{"name": "apart:slow"}], eval={"rewards": [{"name": "jpeg_compressibility"}]})
+    trainer = Trainer(config, leave_out=("evaluation", "report"))
     monkeypatch.setattr(StableDiffusion, "decode", watched)
-    monkeypatch.setattr(trainer, "_evaluate", lambda: None)
-    monkeypatch.setattr("fastloop.trainer.write_report", lambda folder: None)
     trainer.train()
     first = module.events[: module.events.index("scored")]
     assert first.count("sampled") == 2 and first.count("scoring") == 1 and first[0] == "sampled"
@@ -181,6 +196,52 @@ def test_a_reward_that_cannot_start_in_its_process_is_bad_input(make, tmp_path, 
         make({"name": "apart:n", "worker": "process"}).start()
 
 
+def test_a_process_that_was_ended_or_died_is_replaced_at_the_next_batch(make):
+    rewards = make({"name": "apart:moody", "worker": "process", "timeout": 0.4})
+    rewards.start()
+
+    def pid() -> float:
+        while True:  # a new process may need several of these short times to start
+            try:
+                return rewards.score(IMAGES[:1], CATS[:1]).total[0]
+            except RewardTimedOut as error:
+                assert "has not begun for 0.4 s" in str(error)
+
+    first = pid()
+    with pytest.raises(
+        RewardTimedOut, match="^reward apart:moody has not answered for 0.4 s .first prompt 'a dog'.: raise its"
+    ):
+        rewards.score(IMAGES[1:2], CATS[1:2])
+    second = pid()
+    with pytest.raises(RewardFailed, match=r"its process ended \(exit code 7\) \(first prompt 'a hen'\)$"):
+        rewards.score(IMAGES[2:], CATS[2:])
+    assert len({first, second, pid()}) == 3
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(first), 0)
+
+
+def test_a_process_can_be_closed_while_it_starts(module):
+    process = OwnProcess("x", module.n)
+    said = []
+
+    def start():
+        try:
+            process.start()
+        except ValueError as error:
+            said.append(str(error))
+
+    thread = threading.Thread(target=start)
+    thread.start()
+    while process._process is None:
+        time.sleep(0.001)
+    process.close()
+    thread.join(20)
+    assert len(said) == 1 and said[0].startswith("its process ended")
+    process.close()
+    with pytest.raises(ValueError, match="it is closed"):
+        process.start()
+
+
 # --- time-outs and other ends -----------------------------------------------------------------------------------------
 
 
@@ -203,9 +264,43 @@ def test_each_batch_has_its_own_time(make, module):
     assert len(rewards.gather().total) == 25
 
 
-def test_a_reward_that_leaves_the_program_is_a_failure(make):
-    with pytest.raises(RewardFailed, match="^reward apart:leave failed for the prompt 'a cat': SystemExit: bye$"):
-        make({"name": "apart:leave"}).score(IMAGES, CATS)
+@pytest.mark.parametrize(
+    "name, says",
+    [
+        ("leave", "reward apart:leave failed for the prompt 'a cat': SystemExit: bye"),
+        ("interrupt", "reward apart:interrupt: KeyboardInterrupt (first prompt 'a cat')"),
+    ],
+)
+def test_a_reward_that_leaves_the_program_is_a_failure(make, name, says):
+    with pytest.raises(RewardFailed) as caught:
+        make({"name": f"apart:{name}"}).score(IMAGES, CATS)
+    assert str(caught.value) == says and caught.value.unscored.prompts
+
+
+def test_a_thread_that_hangs_is_not_called_again_before_it_is_free(make, module):
+    rewards = make({"name": "apart:counted", "timeout": 0.3})
+    for i, says in enumerate(["has not answered", "has not begun", "has not begun"]):
+        with pytest.raises(RewardTimedOut, match=f"^reward apart:counted {says} for 0.3 s .first prompt '{CATS[i].text}'.: "):
+            rewards.score(IMAGES[i:], CATS[i:])
+    assert module.events == ["a cat"]
+    module.held.set()
+    assert rewards.score(IMAGES[:1], CATS[:1]).total.tolist() == [0.0]
+    assert module.events == ["a cat", "a cat"]  # what had been given up is not scored late
+
+
+def test_who_waits_for_a_reward_that_is_closed_is_told(module):
+    workers = Workers("x", [module.counted], None)
+    job = workers.submit(IMAGES, ["a cat"], [{}])
+    threading.Timer(0.1, workers.close).start()
+    with pytest.raises(RewardFailed, match="^reward x: it was closed while it worked .first prompt 'a cat'.$"):
+        workers.result(job)
+    workers.close()
+    with pytest.raises(RewardFailed, match="it was closed"):
+        workers.result(workers.submit(IMAGES, ["a dog"], [{}]))
+
+
+def test_any_timeout_can_be_waited_for(make):
+    assert make({"name": "apart:n", "timeout": 1e300}).score(IMAGES, CATS).total.tolist() == [0, 1, 2]
 
 
 def test_what_could_not_be_scored_is_saved_with_its_prompts(make, tmp_path):
@@ -275,7 +370,7 @@ def test_moments_of_parts_are_those_of_the_whole():
     moments, values = Moments(), RNG.normal(1000, 1e-3, 100)
     for part in np.array_split(values, 7):
         moments.add(part)
-    assert moments.mean == pytest.approx(values.mean(), abs=1e-12)
+    assert moments.origin + moments.mean == pytest.approx(values.mean(), abs=1e-12)
     assert (moments.squares / moments.count) ** 0.5 == pytest.approx(values.std(), rel=1e-6)
 
 
@@ -296,8 +391,9 @@ def test_running_normalisation_is_in_the_checkpoint(make_config, module, monkeyp
     trainer = Trainer(make_config(rewards=[reward]))
     trainer.train()
     rows = read_rows(trainer.folder / "metrics.jsonl")
-    count, mean, _ = trainer.rewards.state_dict()["jpeg_incompressibility"]
-    assert count == 12 and mean == pytest.approx(np.mean([row["reward/jpeg_incompressibility"] for row in rows]))
+    count, mean, _, origin = trainer.rewards.state_dict()["jpeg_incompressibility"]
+    assert count == 12
+    assert origin + mean == pytest.approx(np.mean([row["reward/jpeg_incompressibility"] for row in rows]))
     assert abs(rows[0]["reward/mean"]) < 1e-6 and rows[0]["reward/std"] == pytest.approx(1, rel=1e-4)
     resumed = Trainer(make_config(rewards=[reward], iterations=3), resume=True)
     assert resumed.rewards.state_dict() == trainer.rewards.state_dict()

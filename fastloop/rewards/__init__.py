@@ -158,11 +158,6 @@ class Rewards:
                 reason = (str(error).strip() or type(error).__name__).splitlines()[0]
                 raise UserError(f"{self.key}.{i}: {term.config.name} cannot start: {reason}") from error
 
-    def validate(self, prompts: list[Prompt], size: tuple[int, int]) -> None:
-        """Raises ``ValueError`` for prompts or a picture size (height, width) that a reward refuses."""
-        for term in self.terms.values():
-            _validate(term.reward, prompts, size)
-
     def submit(self, images: np.ndarray, prompts: list[Prompt]) -> None:
         """Starts scoring a batch: uint8 (n, height, width, 3)."""
         texts, metadata = [p.text for p in prompts], [p.metadata for p in prompts]
@@ -201,14 +196,17 @@ class Rewards:
         self.submit(images, prompts)
         return self.gather()
 
+    def validate_any(self, images: list[np.ndarray], prompts: list[Prompt]) -> None:
+        """Raises ``ValueError`` for prompts, or sizes of pictures, that a reward refuses. The pictures may differ in size."""
+        for size, rows in _by_size(images).items():
+            for term in self.terms.values():
+                _validate(term.reward, [prompts[i] for i in rows], size)
+
     def score_any(self, images: list[np.ndarray], prompts: list[Prompt]) -> np.ndarray:
-        """The weighted sums, float64 (n,), of pictures that may differ in size. Raises ``ValueError`` as `validate` does."""
+        """The weighted sums, float64 (n,), of pictures that may differ in size. Raises ``RewardFailed`` as `collect` does."""
         totals = np.zeros(len(images))
-        for size in dict.fromkeys(image.shape[:2] for image in images):
-            rows = [i for i, image in enumerate(images) if image.shape[:2] == size]
-            chosen = [prompts[i] for i in rows]
-            self.validate(chosen, size)
-            totals[rows] = self.score(np.stack([images[i] for i in rows]), chosen).total
+        for rows in _by_size(images).values():
+            totals[rows] = self.score(np.stack([images[i] for i in rows]), [prompts[i] for i in rows]).total
         return totals
 
     def explain(self, image: np.ndarray, prompt: str) -> str | None:
@@ -273,6 +271,12 @@ def call(label: str, reward: Any, images: np.ndarray, prompts: list[str], metada
         culprit = int(np.flatnonzero(~np.isfinite(values))[0])
         raise failed(f"reward {label} returned {values[culprit]} for the prompt {prompts[culprit]!r}", culprit)
     return values
+
+
+def _by_size(images: list[np.ndarray]) -> dict[tuple[int, int], list[int]]:
+    """Which of the pictures have each (height, width)."""
+    sizes = [image.shape[:2] for image in images]
+    return {size: [i for i, other in enumerate(sizes) if other == size] for size in dict.fromkeys(sizes)}
 
 
 def _validate(reward: Any, prompts: list[Prompt], size: tuple[int, int]) -> None:

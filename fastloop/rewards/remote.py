@@ -13,6 +13,7 @@ import base64
 import io
 import json
 import os
+import re
 import time
 import urllib.error
 import urllib.request
@@ -25,6 +26,7 @@ from PIL import Image
 from fastloop.errors import RunFailed
 
 MAX_ANSWER = 16 * 2**20  # bytes; a score has about 20
+MAX_REASON = 2**20  # bytes of a refusal, which is read as JSON before it is shortened
 AGAIN = (408, 425, 429, 500, 502, 503, 504)  # answers after which the same request may succeed
 LONGEST_PAUSE = 30.0  # seconds
 
@@ -33,14 +35,15 @@ class Remote:
     """Posts pictures and prompts to ``url`` and returns the scores of the answer.
 
     Args:
-        url: http:// or https://, without /score. batch: pictures per request. format: png, which loses nothing, or jpeg.
+        url: http:// or https://, without /score, user and password. batch: pictures per request.
+        format: png, which loses nothing, or jpeg.
         timeout: seconds without a byte from the server. retries: further attempts of a request after no connection, a timeout,
             or an answer that says so (408, 425, 429, 5xx), with pauses of backoff, 2 backoff, 4 backoff ... seconds,
             at most 30. Any other answer fails at once.
         token_env: environment variable that holds the server's bearer token.
 
     Raises:
-        ValueError: a value that cannot be, or the variable is not set.
+        ValueError: a value that cannot be, or the variable holds no token.
     """
 
     def __init__(
@@ -53,9 +56,7 @@ class Remote:
         backoff: float = 1.0,
         token_env: str | None = None,
     ) -> None:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(f"url {url!r} does not begin with http:// or https:// and a host")
+        _check_url(url)
         if format not in ("png", "jpeg"):
             raise ValueError(f"format {format!r} is not png or jpeg")
         for name, value, least in (("batch", batch, 1), ("retries", retries, 0)):
@@ -67,9 +68,10 @@ class Remote:
         self.timeout, self.retries, self.backoff = timeout, retries, backoff
         self.headers = {"Content-Type": "application/json", "Accept": "application/json"}
         if token_env is not None:
-            if not os.environ.get(token_env):
-                raise ValueError(f"token_env: the environment variable {token_env} is not set")
-            self.headers["Authorization"] = f"Bearer {os.environ[token_env]}"
+            try:
+                self.headers["Authorization"] = f"Bearer {read_token(token_env)}"
+            except ValueError as error:
+                raise ValueError(f"token_env: {error}") from None
 
     def start(self) -> None:
         """Asks the server whether it is there. Raises ``RunFailed`` where it is not."""
@@ -96,7 +98,7 @@ class Remote:
     def _scores(self, answer: bytes, n: int) -> np.ndarray:
         try:
             scores = np.asarray(json.loads(answer)["scores"], dtype=np.float64)
-        except (ValueError, KeyError, TypeError, RecursionError):
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             raise RunFailed(f'{self.url} answered {answer[:80]!r}, which is no {{"scores": [numbers]}}') from None
         if scores.shape != (n,):
             raise RunFailed(f"{self.url} answered scores of shape {scores.shape} for {n} images")
@@ -128,6 +130,44 @@ class Remote:
         raise RunFailed(f"{self.url + path} failed {self.retries + 1} times, at last with {reason}")
 
 
+def read_token(variable: str) -> str:
+    """Reads a bearer token from an environment variable.
+
+    Raises:
+        ValueError: the variable is not set, or holds what no header can carry. The message has its name and never its value.
+    """
+    if not isinstance(variable, str) or not re.fullmatch(r"[A-Za-z_]\w*", variable, re.ASCII):
+        raise ValueError("give the name of an environment variable that holds the token, such as REWARD_TOKEN")
+    token = os.environ.get(variable)
+    if not token:
+        raise ValueError(f"the environment variable {variable} is {'not set' if token is None else 'empty'}")
+    odd = next((c for c in token if not "!" <= c <= "~"), None)
+    if odd is None:
+        return token
+    kinds = {"\r": "a line end", "\n": "a line end", " ": "a space"}
+    kind = kinds.get(odd) or ("a control character" if odd.isascii() else "a character outside ASCII")
+    raise ValueError(
+        f"the environment variable {variable} holds {kind}, and a token has visible ASCII characters only: "
+        f"from a file set it as {variable}=$(tr -d '[:space:]' < FILE)"
+    )
+
+
+def _check_url(url: str) -> None:
+    """Raises ``ValueError`` for a URL that cannot be asked, without repeating one that may hold a secret."""
+    if re.search(r"[@?#\s]", str(url)):
+        raise ValueError(
+            "url must have no user, password, ?, #, @ or space in it: give the server's address alone, and name the "
+            "environment variable that holds the token in token_env"
+        )
+    try:
+        parts = urlsplit(str(url))
+        possible = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:  # a port or an IPv6 address that is none
+        possible = False
+    if not possible:
+        raise ValueError("url does not begin with http:// or https:// and a host, as http://127.0.0.1:8000 does")
+
+
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
     """A token must not go to another host."""
 
@@ -140,9 +180,8 @@ _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}), _NoRedire
 
 
 def _reason(error: urllib.error.HTTPError) -> str:
-    """What a server says of its refusal, in one line."""
+    """What a server says of its refusal."""
     try:
-        text = error.read(2000).decode(errors="replace")
-        return str(json.loads(text)["error"])
-    except (OSError, HTTPException, ValueError, KeyError, TypeError):
+        return str(json.loads(error.read(MAX_REASON).decode(errors="replace"))["error"])
+    except (OSError, HTTPException, ValueError, KeyError, TypeError, RecursionError):
         return error.reason or "no reason"
