@@ -37,7 +37,7 @@ setup(
     # The folder kernels/ is installed as fastloop.kernels only: Hugging Face has a package of the name `kernels`.
     packages=[*find_packages(include=["fastloop", "fastloop.*"]), "fastloop.kernels"],
     package_dir={"fastloop.kernels": "kernels"},
-    package_data={"fastloop": ["assets/**/*"]},
+    package_data={"fastloop": ["assets/**/*"], "fastloop.report": ["*.jinja", "*.css"]},
     install_requires=[
         "torch>=2.8",
         "triton>=3.4; sys_platform == 'linux'",  # PyTorch with CUDA brings its own; that for CPUs has none
@@ -48,6 +48,7 @@ setup(
         "safetensors>=0.5",
         "pydantic>=2.9",
         "pyyaml>=6",
+        "jinja2>=3.1",
         "numpy>=1.26",
         "scipy>=1.11",
         "pillow>=10",

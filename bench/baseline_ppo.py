@@ -239,11 +239,14 @@ def load_pipeline(config, device: torch.device):
     """fastloop's parts of a model (its ModelConfig) in diffusers' own pipeline class, with a DDIM scheduler."""
     import diffusers
 
-    from fastloop.denoisers import load_denoiser, read_json, source
+    from fastloop.denoisers import load_denoiser
+    from fastloop.denoisers.files import model_source, read_json
 
     denoiser = load_denoiser(config, device)
-    denoiser.unet.to(memory_format=torch.contiguous_format)  # channels_last is fastloop's choice
-    scheduler = diffusers.DDIMScheduler.from_config(read_json(source(config), config, "scheduler_config.json", "scheduler"))
+    denoiser.network.to(memory_format=torch.contiguous_format)  # channels_last is fastloop's choice
+    scheduler = diffusers.DDIMScheduler.from_config(
+        read_json(model_source(config), config, "scheduler_config.json", "scheduler")
+    )
     parts = {**denoiser.parts, **denoiser.tokenizers, **denoiser.absent}
     return denoiser.pipeline_class(**parts, scheduler=scheduler)
 
@@ -252,7 +255,7 @@ def main() -> int:
     from fastloop.config import ModelConfig, PromptsConfig, RewardConfig
     from fastloop.engines.torch import pick_device
     from fastloop.prompts import PromptStream, load_prompts
-    from fastloop.rewards import Rewards
+    from fastloop.rewards.scoring import Rewards
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="assets:shapes", help="as fastloop's model.path")

@@ -39,15 +39,15 @@ from pathlib import Path
 
 import torch
 
-from fastloop import cli
-from fastloop import trainer as trainer_module
+from fastloop import cli, denoisers
 from fastloop.config import Config
-from fastloop.denoisers import ASSETS, build_skeleton, load_denoiser
-from fastloop.denoisers.base import DTYPES
+from fastloop.denoisers import build_skeleton, load_denoiser
+from fastloop.denoisers.files import ASSETS
+from fastloop.denoisers.parts import DTYPES
 from fastloop.errors import UserError
 from fastloop.machine import describe_machine, versions
 from fastloop.observer import Observer
-from fastloop.plan import memory as planned
+from fastloop.plan import planned_memory
 from fastloop.ranks import Ranks
 from fastloop.recipes import apply_overrides, dump_config, load_config, parse_config
 from fastloop.trainer import Trainer
@@ -283,7 +283,7 @@ def work(name: str, folder: Path, size: str) -> None:
             if torch.cuda.is_available():
                 memory = GpuMemory()
             else:
-                memory, trainer_module.load_denoiser = HostMemory(), load_unmapped
+                memory, denoisers.load_denoiser = HostMemory(), load_unmapped
                 warm_up(config, size)
             memory.restart()
             found = {"baseline": memory.now()}
@@ -342,7 +342,7 @@ def free_port() -> int:
 
 def estimate(config: Config) -> str | None:
     """The peak of `fastloop plan`, which counts one process; ``None`` where ranks share things out."""
-    return None if config.engine.name != "torch" else size_text(planned(config).peak)
+    return None if config.engine.name != "torch" else size_text(planned_memory(config).peak)
 
 
 def notes_for(rows: list[dict], size: str, on_gpu: bool) -> list[str]:
@@ -457,7 +457,7 @@ def main(argv: list[str] | None = None) -> int:
         folder = Path(temporary)
         if args.model in FULL:
             model = build_skeleton(Config.model_validate({"rewards": [{"name": "shapes"}], **MODELS[args.model]["run"]}).model)
-            parameters = sum(p.numel() for p in model.unet.parameters())
+            parameters = sum(p.numel() for p in model.network.parameters())
         else:
             parameters = make_model(args.model, folder / "model")
         configs = configs_for(args.model, folder, parameters, args.set)

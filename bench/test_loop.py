@@ -15,7 +15,8 @@ import torch
 from fastloop.advantages import ADVANTAGES
 from fastloop.checkpoints import save_checkpoint
 from fastloop.config import ModelConfig, SamplingConfig
-from fastloop.denoisers import ARCHITECTURES, build_skeleton, load_denoiser
+from fastloop.denoisers import build_skeleton, load_denoiser
+from fastloop.denoisers.files import ARCHITECTURES
 from fastloop.prompts import PER_CATEGORY
 from fastloop.rollout import Trajectories
 from fastloop.shapes.grammar import split

@@ -41,7 +41,7 @@ from worker import PHASES, Server
 from fastloop import cli
 from fastloop.config import Config
 from fastloop.denoisers import build_skeleton
-from fastloop.denoisers.base import DTYPES
+from fastloop.denoisers.parts import DTYPES
 from fastloop.errors import UserError
 from fastloop.kernels import choose
 from fastloop.machine import describe_machine, versions
@@ -161,7 +161,7 @@ def serve_baseline(config: Config, server: Server) -> None:
 
     from fastloop.engines.torch import pick_device
     from fastloop.prompts import PromptStream
-    from fastloop.rewards import Rewards
+    from fastloop.rewards.scoring import Rewards
 
     if config.images_per_prompt > 1:
         raise UserError("images_per_prompt: the baseline draws one image for each prompt")

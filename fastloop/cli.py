@@ -170,62 +170,18 @@ def _plan(args: argparse.Namespace) -> int:
     return 0
 
 
-def _load(args: argparse.Namespace):
-    """The configuration and the denoiser of a YAML file (base model) or of a run folder (newest weights)."""
-    from fastloop import kernels
-    from fastloop.checkpoints import list_checkpoints, load_checkpoint, load_weights
-    from fastloop.denoisers import load_denoiser
-    from fastloop.plan import check, check_device
-    from fastloop.recipes import apply_overrides, parse_config
-    from fastloop.rundir import read_run_config
-
-    def base():
-        device = check_device(config)
-        denoiser = load_denoiser(config.model, device)
-        kernels.fuse(denoiser.unet, config.kernels, device)
-        return denoiser
-
-    path = Path(args.config)
-    of_run = path.is_dir()
-    if of_run:
-        values = read_run_config(path).model_dump(mode="json")
-        config = parse_config(apply_overrides(values, args.overrides), f"{path / 'config.yaml'}")
-    else:
-        config = load_config(path, args.overrides)
-    check_device(config)
-    found = list_checkpoints(path / "checkpoints")
-    if of_run and not found:
-        raise UserError(f"{path} has no checkpoint yet: give the config file to use the base model")
-    if config.memory.automatic:
-        checked = check(config)
-        config = checked.config
-        checked.rewards.close()
-        checked.eval_rewards.close()
-    if not of_run:
-        return config, base
-
-    def load():
-        denoiser = base()
-        denoiser.train_adapter(gradient_checkpointing=False, seed=config.seed)
-        weights, average, state = load_checkpoint(found[-1], config.ema.decay is not None)
-        load_weights(denoiser.trainable(), weights if average is None else average)
-        print(f"{path}: weights after iteration {state['iteration']}")
-        return denoiser
-
-    return config, load
-
-
 def _sample(args: argparse.Namespace) -> int:
     import torch
     from PIL import Image
 
     from fastloop.evaluation import EVAL_STREAM
+    from fastloop.grids import image_grid
     from fastloop.rollout import rollout, sampler_table
-    from fastloop.tracking import image_grid
+    from fastloop.runs import open_model
 
     if args.images < 1 or not 0 <= args.seed < 2**32:
         raise UserError("--images: at least 1" if args.images < 1 else "--seed: 0 to 4294967295")
-    config, load = _load(args)
+    config, load = open_model(args.config, args.overrides)
     table = sampler_table(config.model, config.sampling, config.eval.steps)
     _probe("--out", args.out, make=True)
     prompts = [prompt for prompt in args.prompt for _ in range(args.images)]
@@ -255,15 +211,16 @@ def _eval(args: argparse.Namespace) -> int:
     from fastloop.denoisers import build_skeleton
     from fastloop.evaluation import evaluate
     from fastloop.prompts import load_prompts
-    from fastloop.rewards import Rewards
+    from fastloop.rewards.scoring import Rewards
     from fastloop.rollout import sampler_table
+    from fastloop.runs import open_model
     from fastloop.tracking import plain
 
     if args.json:
         if args.json.is_dir():
             raise UserError(f"--json: {args.json} is a folder: give a file")
         _probe("--json", args.json.parent)
-    config, load = _load(args)
+    config, load = open_model(args.config, args.overrides)
     prompts = load_prompts(config.eval.prompts, "eval.prompts")
     sampler_table(config.model, config.sampling, config.eval.steps)  # refuses what it must before the model loads
     size = build_skeleton(config.model).image_size(config.sampling)
@@ -290,7 +247,7 @@ def _score(args: argparse.Namespace) -> int:
     from fastloop.config import RewardConfig
     from fastloop.prompts import Prompt
     from fastloop.recipes import apply_overrides
-    from fastloop.rewards import Rewards
+    from fastloop.rewards.scoring import Rewards
 
     if len(args.prompt) not in (0, 1, len(args.images)):
         raise UserError(f"--prompt: {len(args.prompt)} prompts for {len(args.images)} pictures: give one, or one for each")
@@ -319,8 +276,8 @@ def _score(args: argparse.Namespace) -> int:
 
 
 def _serve_reward(args: argparse.Namespace) -> int:
-    from fastloop.rewards import Rewards
     from fastloop.rewards.remote import read_token
+    from fastloop.rewards.scoring import Rewards
     from fastloop.rewards.server import serve
 
     config = load_config(args.config, args.overrides)

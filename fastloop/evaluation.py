@@ -11,7 +11,7 @@ import torch
 from fastloop.config import Config
 from fastloop.prompts import Prompt
 from fastloop.ranks import ALONE, Ranks
-from fastloop.rewards import Rewards
+from fastloop.rewards.scoring import Rewards
 from fastloop.rollout import gather_scores, sampler_table, scored_rollout
 
 EVAL_STREAM = 1 << 32  # training seeds have 32 bits: no evaluation shares its noise with training

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from fastloop.prompts import Prompt
-from fastloop.rewards import Scores
+from fastloop.rewards.scoring import Scores
 
 
 def reward_metrics(scores: Scores, prompts: list[Prompt], images_per_prompt: int) -> dict[str, float]:

@@ -1,32 +1,49 @@
-"""What a run will do and need, before anything is loaded: derived numbers, parameters, memory by part."""
+"""What a run will do and need, in lines of text, before anything is loaded: derived numbers, parameters, memory by part."""
 
 from __future__ import annotations
 
-import os
-from dataclasses import asdict, dataclass
-from pathlib import Path
-
-import numpy as np
-import torch
-
-from fastloop import kernels
-from fastloop.batches import Batches, trained_steps
-from fastloop.config import Config, MemoryConfig
-from fastloop.denoisers import build_skeleton
+from fastloop.batches import Batches
+from fastloop.config import Config
 from fastloop.denoisers.base import Denoiser
-from fastloop.engines.deepspeed import deepspeed_problem, deepspeed_settings
-from fastloop.engines.torch import pick_device
 from fastloop.errors import UserError
-from fastloop.machine import compiler_problem, flash_problem
-from fastloop.memory import Chosen, Estimate, Traced, choose, estimate, free_bytes, probed_factor, with_batches
-from fastloop.optimizers import optimizer_problem
-from fastloop.prompts import Prompt, load_prompts, prompt_facts
-from fastloop.ranks import ALONE, Ranks
-from fastloop.recipes import load_config
-from fastloop.rewards import Rewards
-from fastloop.rollout import sampler_table
-from fastloop.tracking import tracking_packages
-from fastloop.transitions import TransitionTable
+from fastloop.memory.estimates import MemoryNeeds, memory_needs
+from fastloop.memory.traces import Traced
+from fastloop.preflight import Checked, distinct_texts, preflight
+from fastloop.prompts import Prompt, prompt_facts
+
+
+def plan(config: Config, ranks: int = 1, gpu: bool = False, it_per_s: float | None = None) -> list[str]:
+    """Lines of text for a configuration. Reads configs and prompts, loads no weights.
+
+    Args:
+        ranks: processes of the run. gpu: plan for a GPU, though there is none here. it_per_s: UNet forwards a second at
+            batch 1, for an estimate of the time.
+
+    Raises:
+        UserError: whatever `fastloop train` would refuse before it loads the model.
+    """
+    if ranks > 1 and config.engine.name == "torch":
+        raise UserError(f"--ranks: {ranks}, but engine.name=torch is for one process: set engine.name=deepspeed")
+    checked = preflight(config, gpu=gpu)
+    config = checked.config
+    checked.rewards.close()
+    checked.eval_rewards.close()
+    lines = overview(checked, ranks)
+    lines += [] if it_per_s is None else time_lines(checked.batches(ranks), it_per_s)
+    lines += ["", *_parameter_lines(config, checked.skeleton)]
+    return lines + _memory_lines(config, checked, ranks, gpu or checked.device.type == "cuda")
+
+
+def overview(checked: Checked, ranks: int = 1) -> list[str]:
+    """The model, the prompts and the arithmetic of an iteration."""
+    config = checked.config
+    height, width = checked.skeleton.image_size(config.sampling)
+    name = config.model.path or f"{config.model.random_init} with random weights"
+    return [
+        f"model        {name}, {config.model.adapter}, {config.model.dtype}, {width} x {height} pixels",
+        prompts_line(checked.prompts, checked.eval_prompts),
+        *derived_lines(checked.batches(ranks)),
+    ]
 
 
 def derived_lines(batches: Batches) -> list[str]:
@@ -65,40 +82,6 @@ def _engine_text(config: Config) -> str:
     return ", ".join(parts)
 
 
-def plan(config: Config, ranks: int = 1, gpu: bool = False, it_per_s: float | None = None) -> list[str]:
-    """Lines of text for a configuration. Reads configs and prompts, loads no weights.
-
-    Args:
-        ranks: processes of the run. gpu: plan for a GPU, though there is none here. it_per_s: UNet forwards a second at
-            batch 1, for an estimate of the time.
-
-    Raises:
-        UserError: whatever `fastloop train` would refuse before it loads the model.
-    """
-    if ranks > 1 and config.engine.name == "torch":
-        raise UserError(f"--ranks: {ranks}, but engine.name=torch is for one process: set engine.name=deepspeed")
-    checked = check(config, gpu=gpu)
-    config = checked.config
-    checked.rewards.close()
-    checked.eval_rewards.close()
-    lines = overview(checked, ranks)
-    lines += [] if it_per_s is None else time_lines(checked.batches(ranks), it_per_s)
-    lines += ["", *_parameter_lines(config, checked.skeleton)]
-    return lines + _memory_lines(config, checked, ranks, gpu or checked.device.type == "cuda")
-
-
-def overview(checked: Checked, ranks: int = 1) -> list[str]:
-    """The model, the prompts and the arithmetic of an iteration."""
-    config = checked.config
-    height, width = checked.skeleton.image_size(config.sampling)
-    name = config.model.path or f"{config.model.random_init} with random weights"
-    return [
-        f"model        {name}, {config.model.adapter}, {config.model.dtype}, {width} x {height} pixels",
-        prompts_line(checked.prompts, checked.eval_prompts),
-        *derived_lines(checked.batches(ranks)),
-    ]
-
-
 def prompts_line(prompts: list[Prompt], eval_prompts: list[Prompt]) -> str:
     """How many prompts there are, and whether those of the evaluation are trained on."""
     facts = prompt_facts(prompts, eval_prompts)["eval.prompts"]
@@ -129,148 +112,6 @@ def time_lines(batches: Batches, it_per_s: float) -> list[str]:
     ]
 
 
-@dataclass(frozen=True)
-class Checked:
-    """What a configuration comes to on this machine, with these files and this model, before any weights are loaded."""
-
-    device: torch.device
-    prompts: list[Prompt]
-    eval_prompts: list[Prompt]
-    rewards: Rewards
-    eval_rewards: Rewards
-    table: TransitionTable
-    steps_trained: torch.Tensor  # int64, indices into the table
-    skeleton: Denoiser  # with what is trained, on the meta device
-    config: Config  # with numbers where it had `auto`
-    asked: MemoryConfig  # as it was given
-    chosen: Chosen | None  # those that were chosen just now, and from what
-    traced: Traced | None  # what they were chosen by; the skeleton is then its
-
-    def batches(self, ranks: int) -> Batches:
-        """The arithmetic of an iteration on so many ranks."""
-        return Batches(self.config, self.steps_trained, ranks)
-
-
-def check_device(config: Config, local_rank: int = 0) -> torch.device:
-    """The device of a run, made the current one of its kind, since Triton launches on that.
-
-    Raises:
-        UserError: this machine lacks it, or it cannot run the kernels asked for.
-    """
-    device = pick_device(config.engine.device, local_rank)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    try:
-        kernels.choose(config.kernels, device)
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    if config.model.attention == "flash" and (problem := flash_problem(config.model.dtype, device)):
-        raise UserError(f"model.attention: {problem}; or set model.attention=sdpa")
-    if config.model.compile and (problem := _compile_problem(config, device)):
-        raise UserError(f"model.compile: {problem}; or set model.compile=false")
-    return device
-
-
-def _compile_problem(config: Config, device: torch.device) -> str | None:
-    """Why a configuration cannot have its UNet compiled, with the remedy."""
-    if config.engine.zero_stage == 3:
-        return "engine.zero_stage=3 gathers weights in hooks, which compiled code leaves out: set zero_stage=2"
-    if config.model.attention == "xformers":
-        return "xformers' operators are not compiled: set model.attention=sdpa"
-    return compiler_problem(device)
-
-
-def check(config: Config, ranks: Ranks = ALONE, resume: bool = False, gpu: bool = False) -> Checked:
-    """Everything that can be refused before the model loads; and the batches that are chosen by the free memory.
-
-    Args:
-        resume: whether a run may be in the folder, whose batches are then kept. gpu: as for `plan`.
-
-    Raises:
-        UserError: whatever in the configuration does not fit the machine, the ranks, the files or the model.
-    """
-    asked = config.memory
-    if ranks.world > 1 and config.engine.name == "torch":
-        raise UserError(f"engine.name: torch is for one process, the launcher started {ranks.world}: set it to deepspeed")
-    if ranks.world > 1 and ":" in config.engine.device:
-        raise UserError(f"engine.device: {config.engine.device} for {ranks.world} processes: set auto, one GPU for each")
-    device = check_device(config, ranks.local_rank)
-    if config.engine.name == "deepspeed" and (problem := deepspeed_problem(config, device)):
-        raise UserError(problem)
-    if problem := optimizer_problem(config.optimizer.name, device):
-        raise UserError(f"optimizer.name: {problem}")
-    tracking_packages(config.tracking.tensorboard, config.tracking.wandb)
-    prompts = load_prompts(config.prompts)
-    eval_prompts = load_prompts(config.eval.prompts, "eval.prompts")
-    table = sampler_table(config.model, config.sampling)
-    if config.eval.steps is not None:
-        sampler_table(config.model, config.sampling, config.eval.steps)
-    steps_trained = trained_steps(table, config)
-    skeleton = build_skeleton(config.model)
-    size = skeleton.image_size(config.sampling)
-    skeleton.train_adapter(config.memory.gradient_checkpointing, seed=config.seed)
-    texts = distinct_texts(config, prompts, eval_prompts)
-    config, chosen, traced = _settle(config, skeleton, steps_trained, texts, device, ranks, resume, gpu)
-    if config.engine.name == "deepspeed":
-        deepspeed_settings(Batches(config, steps_trained, ranks.world), 1)
-    own = config.eval.rewards
-    rewards = Rewards(config.rewards, prompts, size, normalize=True)
-    eval_key = "eval.rewards" if own else "rewards, on eval.prompts"
-    return Checked(
-        device=device,
-        prompts=prompts,
-        eval_prompts=eval_prompts,
-        rewards=rewards,
-        eval_rewards=Rewards(own or config.rewards, eval_prompts, size, eval_key, share=rewards),
-        table=table,
-        steps_trained=steps_trained,
-        skeleton=skeleton,
-        config=config,
-        asked=asked,
-        chosen=chosen,
-        traced=traced,
-    )
-
-
-def _settle(config: Config, skeleton: Denoiser, steps_trained, texts: int, device, ranks: Ranks, resume: bool, gpu: bool):
-    """The configuration with numbers for batches that are ``auto``: those of the run that is resumed, else those that fit.
-
-    Returns:
-        The configuration; and, where they were chosen now, what was `Chosen` and the trace that it was chosen by.
-    """
-    if not config.memory.automatic:
-        return config, None, None
-    folder = Path(config.output_dir).expanduser()
-    earlier = ranks.from_main(
-        lambda: load_config(folder / "config.yaml") if resume and (folder / "config.yaml").exists() else None
-    )
-    if earlier and not earlier.memory.automatic:
-        kept = {name: getattr(earlier.memory, name) for name in config.memory.automatic}
-        return config.model_copy(update={"memory": config.memory.model_copy(update=kept)}), None, None
-    on_gpu, batches = gpu or device.type == "cuda", Batches(config, steps_trained, ranks.world)
-    traced = Traced(config, skeleton, accumulates=True, on_gpu=on_gpu)
-    free = free_bytes(device, int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world)))
-    chosen = choose(batches, traced, texts, ranks, on_gpu, free)
-    return with_batches(config, chosen), chosen, traced
-
-
-def confirm(checked: Checked, denoiser: Denoiser, ranks: Ranks) -> tuple[Config, dict[str, float]]:
-    """Chosen batches checked by a probe on the real model: smaller ones where it needs more than was traced.
-
-    Returns:
-        The configuration, and facts for run.json: what was free, planned, and the probe's factor.
-    """
-    config, chosen, traced = checked.config, checked.chosen, checked.traced
-    factor = float(ranks.gather(np.array(probed_factor(denoiser, config, traced))).max())
-    if factor > 1.0:
-        texts = distinct_texts(config, checked.prompts, checked.eval_prompts)
-        auto = config.model_copy(update={"memory": checked.asked})
-        on_gpu = checked.device.type == "cuda"
-        batches = Batches(auto, checked.steps_trained, ranks.world)
-        chosen = choose(batches, traced, texts, ranks, on_gpu, chosen.free, factor)
-    return with_batches(config, chosen), asdict(chosen) | {"probed_factor": factor}
-
-
 def _parameter_lines(config: Config, skeleton: Denoiser) -> list[str]:
     lines = ["parameters"]
     trained = sum(p.numel() for p in skeleton.trainable().values())
@@ -281,30 +122,24 @@ def _parameter_lines(config: Config, skeleton: Denoiser) -> list[str]:
     return lines
 
 
-def memory(config: Config, ranks: int = 1, gpu: bool = False) -> Estimate:
+def planned_memory(config: Config, ranks: int = 1, gpu: bool = False) -> MemoryNeeds:
     """Memory of an iteration on one rank; raises and reads what `plan` does."""
-    checked = check(config, gpu=gpu)
+    checked = preflight(config, gpu=gpu)
     checked.rewards.close()
     checked.eval_rewards.close()
-    return _estimate(checked.config, checked, ranks, gpu or checked.device.type == "cuda")[0]
+    return _needs(checked.config, checked, ranks, gpu or checked.device.type == "cuda")[0]
 
 
-def _estimate(config: Config, checked: Checked, ranks: int, on_gpu: bool) -> tuple[Estimate, Traced]:
+def _needs(config: Config, checked: Checked, ranks: int, on_gpu: bool) -> tuple[MemoryNeeds, Traced]:
     batches = Batches(config, checked.steps_trained, ranks)
     traced = checked.traced or Traced(config, checked.skeleton, batches.micro_batches > 1, on_gpu)
     texts = distinct_texts(config, checked.prompts, checked.eval_prompts)
-    return estimate(batches, traced, texts, on_gpu), traced
-
-
-def distinct_texts(config: Config, prompts: list[Prompt], eval_prompts: list[Prompt]) -> int:
-    """Texts that a run encodes, at most: its prompts, the held-out ones and the negative prompt."""
-    drawn = min(len({prompt.text for prompt in prompts}), config.iterations * config.prompts_per_step)
-    return drawn + len({prompt.text for prompt in eval_prompts}) + 1
+    return memory_needs(batches, traced, texts, on_gpu), traced
 
 
 def _memory_lines(config: Config, checked: Checked, ranks: int, on_gpu: bool) -> list[str]:
     """Memory by part and by phase."""
-    found, traced = _estimate(config, checked, ranks, on_gpu)
+    found, traced = _needs(config, checked, ranks, on_gpu)
     lines = ["memory" + (" of one rank" if ranks > 1 else "") + ("" if on_gpu else " (of the CPU; --gpu: of a GPU)")]
     lines += [f"  {name:<26}{size_text(size):>12}" for name, size in found.parts.items()]
     lines += ["peak by phase"]
@@ -317,7 +152,7 @@ def _memory_lines(config: Config, checked: Checked, ranks: int, on_gpu: bool) ->
     batch = Batches(config, checked.steps_trained, ranks).update
     own = traced.update
     for choice in (False, True):
-        getattr(checked.skeleton.unet, f"{'enable' if choice else 'disable'}_gradient_checkpointing")()
+        getattr(checked.skeleton.network, f"{'enable' if choice else 'disable'}_gradient_checkpointing")()
         traced.update = own if config.memory.gradient_checkpointing is choice else traced.new_update()
         lines.append(f"  {str(choice).lower():<26}{size_text(traced.activations(batch)):>12}")
     return lines

@@ -12,9 +12,10 @@ from PIL import Image
 
 from fastloop.config import Config
 from fastloop.evaluation import Evaluation
+from fastloop.grids import before_after_grid, image_grid
 from fastloop.prompts import Prompt
-from fastloop.rewards import Rewards
-from fastloop.tracking import Tracker, before_after_grid, image_grid
+from fastloop.rewards.scoring import Rewards
+from fastloop.tracking import Tracker
 
 
 class Pace:

@@ -12,12 +12,13 @@ from tqdm import tqdm
 
 from fastloop import kernels
 from fastloop.config import ModelConfig, SamplingConfig
-from fastloop.denoisers import family, read_json, source
-from fastloop.denoisers.base import upload
+from fastloop.denoisers import family
+from fastloop.denoisers.files import model_source, read_json
+from fastloop.denoisers.residence import upload
 from fastloop.errors import RewardFailed, UserError
 from fastloop.prompts import Prompt
 from fastloop.ranks import Ranks
-from fastloop.rewards import Rewards, Scores
+from fastloop.rewards.scoring import Rewards, Scores
 from fastloop.transitions import TransitionTable, transition_table
 
 
@@ -254,7 +255,7 @@ def gather_scores(rewards: Rewards, ranks: Ranks, n: int) -> Scores:
 
 def sampler_table(model: ModelConfig, sampling: SamplingConfig, steps: int | None = None) -> TransitionTable:
     """The transitions of a model's scheduler; loads no weights. Raises ``UserError`` where they cannot be used."""
-    path = source(model)
+    path = model_source(model)
     family(path, model)  # refuses what cannot be trained, whatever its scheduler
     scheduler = read_json(path, model, "scheduler_config.json", "scheduler")
     try:

@@ -1,35 +1,36 @@
-"""What a run leaves behind while it trains: metrics.jsonl, eval.jsonl, TensorBoard, W&B, and the grids of pictures."""
+"""What a run leaves behind while it trains: metrics.jsonl, eval.jsonl, TensorBoard and W&B."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-from collections.abc import Sequence
 from numbers import Integral
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import yaml
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from fastloop.errors import UserError
-
-INK = "#1c1e21"
-MUTED = "#667079"
-HAIRLINE = "#d5d9dd"
-MAX_LINES = 3  # of text to a picture
-
-Picture = np.ndarray | Image.Image  # arrays are uint8, (H, W, 3)
 
 
 class Tracker:
     """Writes the numbers and pictures of one run. Only the main process makes one.
 
-    ``folder`` exists. ``wandb`` is a project name. ``resume_iteration`` = k drops what was logged after iteration k, so
-    that a resumed run logs every iteration once; -1 starts over. Before it changes a file it raises ``FileExistsError``
-    for a folder with rows and no ``resume_iteration``, and ``UserError`` for a missing tracking package.
+    Args:
+        folder: the run's; it exists.
+        tensorboard: whether to write RUN/tensorboard too.
+        wandb: the project of W&B to log to, ``None`` for none.
+        config: what TensorBoard and W&B show as the run's configuration.
+        resume_iteration: k drops what was logged after iteration k, so that a resumed run logs every iteration once;
+            -1 starts over; ``None`` is for a new run.
+
+    Raises:
+        FileExistsError: a new run's folder has rows already. No file has changed then.
+        UserError: a tracking package is not installed, before any file changes, or W&B cannot start.
+        ValueError: a line of a resumed run, other than a torn last one, is not a JSON object.
     """
 
     def __init__(
@@ -74,7 +75,7 @@ class Tracker:
         self._log_scalars(row["iteration"], scalars)
 
     def log_image(self, name: str, iteration: int, image: Image.Image) -> None:
-        """Send a picture to TensorBoard and W&B. Files in the run folder are the caller's."""
+        """Send a picture of any mode to TensorBoard and W&B. Files in the run folder are the caller's."""
         if self._writer:
             self._writer.add_image(name, np.asarray(image.convert("RGB")), iteration, dataformats="HWC")
             self._writer.flush()
@@ -104,9 +105,10 @@ class Tracker:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSON-lines file, [] if it is absent, without a torn last line.
+    """Read the rows of a JSON-lines file, [] if it is absent, without a torn last line.
 
-    Raises ``ValueError`` with path:line for any other line that is not a JSON object.
+    Raises:
+        ValueError: any other line is not a JSON object; the message has path:line.
     """
     if not path.exists():
         return []
@@ -150,7 +152,11 @@ def _drop_rows_after(path: Path, iteration: int) -> None:
 
 
 def plain(value: Any) -> Any:
-    """A value as strict JSON has it: NumPy and 0-d tensors become numbers, NaN and infinities null."""
+    """Turn a value into what strict JSON has: NumPy and 0-d tensors become numbers, NaN and infinities ``None``.
+
+    Raises:
+        TypeError: something in it is no text, number, list, tuple or dict.
+    """
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -164,7 +170,7 @@ def plain(value: Any) -> Any:
 
 
 def tracking_packages(tensorboard: bool, wandb: str | None) -> tuple[Any, Any]:
-    """TensorBoard's writer class and the W&B module, ``None`` for what is not asked for.
+    """Import TensorBoard's writer class and the W&B module, ``None`` for what is not asked for.
 
     Raises:
         UserError: a package that is asked for is not installed.
@@ -200,163 +206,3 @@ def _start_wandb(module: Any, project: str, folder: Path, config: dict[str, Any]
     run.define_metric("iteration")
     run.define_metric("*", step_metric="iteration")
     return run
-
-
-def image_grid(images: Sequence[Picture], captions: Sequence[str], columns: int, cell: int = 128) -> Image.Image:
-    """Pictures in rows of ``columns``, each fitted into ``cell`` x ``cell`` pixels, captions (up to 3 lines) below."""
-    if not len(images) or len(images) != len(captions):
-        raise ValueError(f"a grid needs a caption per picture, got {len(images)} pictures, {len(captions)} captions")
-    columns = min(columns, len(images))
-    gap, margin = max(8, cell // 12), max(10, cell // 10)
-    font = _font(cell, 0.1, captions)
-    fitted = [_fit(image, cell) for image in images]
-    wrapped = [_wrap(caption, font, cell) for caption in captions]
-    picture_height = max(image.height for image in fitted)
-    rows = [range(start, min(start + columns, len(images))) for start in range(0, len(images), columns)]
-    heights = [picture_height + _text_height(max(len(wrapped[i]) for i in row), font) for row in rows]
-    width = 2 * margin + columns * cell + (columns - 1) * gap
-    grid = Image.new("RGB", (width, 2 * margin + sum(heights) + (len(rows) - 1) * gap), "white")
-    y = margin
-    for row, height in zip(rows, heights, strict=True):
-        for column, i in enumerate(row):
-            x = margin + column * (cell + gap)
-            _paste(grid, fitted[i], x, y)
-            _write(grid, wrapped[i], x, y + picture_height, font, MUTED)
-        y += height + gap
-    return grid
-
-
-def before_after_grid(
-    prompts: Sequence[str],
-    before_images: Sequence[Picture | Sequence[Picture]],
-    after_images: Sequence[Picture | Sequence[Picture]],
-    before_rewards: Sequence[float] | Sequence[Sequence[float]],
-    after_rewards: Sequence[float] | Sequence[Sequence[float]],
-    cell: int = 128,
-    columns: int = 1,
-) -> Image.Image:
-    """For each prompt its text, the pictures before training left, those after it right, rewards below them.
-
-    Each prompt has one picture and reward a side, or a list of each. The prompts stand below each other, in ``columns``.
-    """
-    if not prompts:
-        raise ValueError("a before/after grid needs at least one prompt")
-    if columns > 1:
-        per_column = -(-len(prompts) // columns)
-        everything = (prompts, before_images, after_images, before_rewards, after_rewards)
-        starts = range(0, len(prompts), per_column)
-        parts = [before_after_grid(*(values[i : i + per_column] for values in everything), cell) for i in starts]
-        grid = Image.new("RGB", (sum(part.width for part in parts), max(part.height for part in parts)), "white")
-        for i, part in enumerate(parts):
-            grid.paste(part, (sum(before.width for before in parts[:i]), 0))
-        return grid
-    sides = [_pairs(before_images, before_rewards, cell), _pairs(after_images, after_rewards, cell)]
-    if any(len(side) != len(prompts) for side in sides):
-        raise ValueError(f"{len(prompts)} prompts, but pictures for {len(sides[0])} before and {len(sides[1])} after")
-    gap, gutter, margin = max(6, cell // 20), max(20, cell // 5), max(12, cell // 8)
-    small, text, header = _font(cell, 0.1), _font(cell, 0.11, prompts), _font(cell, 0.13)
-    blocks = [max(len(pairs) for pairs in side) * (cell + gap) - gap for side in sides]
-    lefts = [margin, margin + blocks[0] + gutter]
-    width = lefts[1] + blocks[1] + margin
-    wrapped = [_wrap(prompt, text, width - 2 * margin) for prompt in prompts]
-    picture_height = max(image.height for side in sides for pairs in side for image, _ in pairs)
-    heights = [_text_height(len(lines), text) + gap + picture_height + _text_height(1, small) for lines in wrapped]
-    top = margin + _text_height(1, header) + gap
-    grid = Image.new("RGB", (width, top + sum(heights) + (len(prompts) - 1) * gutter + margin), "white")
-    for left, label in zip(lefts, ("Before", "After"), strict=True):
-        _write(grid, [label], left, margin - 4, header, INK)
-    y = top
-    for row, lines in enumerate(wrapped):
-        ImageDraw.Draw(grid).line((margin, y - 2, width - margin, y - 2), fill=HAIRLINE)
-        _write(grid, lines, margin, y, text, INK)
-        picture_top = y + _text_height(len(lines), text) + gap
-        for left, side in zip(lefts, sides, strict=True):
-            for column, (image, reward) in enumerate(side[row]):
-                x = left + column * (cell + gap)
-                _paste(grid, image, x, picture_top)
-                _write(grid, [f"{reward:.2f}"], x, picture_top + picture_height, small, MUTED)
-        y += heights[row] + gutter
-    return grid
-
-
-def _pairs(images: Sequence[Any], rewards: Sequence[Any], cell: int) -> list[list[tuple[Image.Image, float]]]:
-    """Per prompt, its fitted pictures with their rewards; one picture counts as a list of one."""
-    pairs = []
-    for value, scores in zip(images, rewards, strict=True):
-        alone = isinstance(value, Image.Image) or (isinstance(value, np.ndarray) and value.ndim == 3)
-        pictures = [_fit(picture, cell) for picture in ([value] if alone else value)]
-        pairs.append(list(zip(pictures, np.ravel(scores).tolist(), strict=True)))
-    return pairs
-
-
-def _font(cell: int, share: float, texts: Sequence[str] = ()) -> ImageFont.FreeTypeFont:
-    size = min(max(12, round(cell * share)), 28)
-    if all(text.isascii() for text in texts):
-        return ImageFont.load_default(size=size)
-    import matplotlib  # its DejaVu Sans has the accents, Greek and Cyrillic that Pillow's own font lacks
-
-    return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), size)
-
-
-def _line_height(font: ImageFont.FreeTypeFont) -> int:
-    return math.ceil(font.size * 1.25)
-
-
-def _text_height(lines: int, font: ImageFont.FreeTypeFont) -> int:
-    return lines * _line_height(font) + (5 if lines else 0)
-
-
-def _write(grid: Image.Image, lines: list[str], x: int, y: int, font: ImageFont.FreeTypeFont, color: str) -> None:
-    draw = ImageDraw.Draw(grid)
-    for number, line in enumerate(lines):
-        draw.text((x, y + 4 + number * _line_height(font)), line, font=font, fill=color)
-
-
-def _fit(picture: Picture, cell: int) -> Image.Image:
-    """Scale the longer side to ``cell``. Small pictures keep hard pixels: the grid shows what the model drew."""
-    if isinstance(picture, np.ndarray):
-        if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
-            raise ValueError(f"expected a uint8 picture of shape (H, W, 3), got {picture.dtype} {picture.shape}")
-        picture = Image.fromarray(picture)
-    scale = cell / max(picture.size)
-    size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
-    return picture.convert("RGB").resize(size, Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.LANCZOS)
-
-
-def _paste(grid: Image.Image, picture: Image.Image, x: int, y: int) -> None:
-    """Paste with a hairline around it: a white picture needs an edge on a white page."""
-    grid.paste(picture, (x, y))
-    ImageDraw.Draw(grid).rectangle((x - 1, y - 1, x + picture.width, y + picture.height), outline=HAIRLINE)
-
-
-def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
-    """At most three lines of ``width`` pixels. What follows a line break (a reward) stays; what precedes it is cut."""
-    first, *rest = text.strip().split("\n")
-    tail = [_cut(part, font, width, 1)[0] for part in rest[-(MAX_LINES - 1) :] if part.strip()]
-    return _cut(first, font, width, MAX_LINES - len(tail)) + tail
-
-
-def _cut(text: str, font: ImageFont.FreeTypeFont, width: int, most: int) -> list[str]:
-    """Break one paragraph into at most ``most`` lines, the last one ending in an ellipsis if text is left."""
-    lines, line = [], ""
-    for word in text.split():
-        if font.getlength(f"{line} {word}".strip()) <= width:
-            line = f"{line} {word}".strip()
-            continue
-        if line:
-            lines.append(line)
-        while font.getlength(word) > width and len(lines) <= most:  # one word wider than the picture
-            fits = 1
-            while font.getlength(word[: fits + 1]) <= width:
-                fits += 1
-            lines.append(word[:fits])
-            word = word[fits:]
-        line = word
-    if line:
-        lines.append(line)
-    if len(lines) <= most:
-        return lines
-    last = lines[most - 1]
-    while last and font.getlength(last + "…") > width:
-        last = last[:-1]
-    return [*lines[: most - 1], last.rstrip() + "…"]

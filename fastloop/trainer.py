@@ -15,13 +15,12 @@ from typing import Any, Literal
 
 import torch
 
-from fastloop import kernels
 from fastloop.advantages import ADVANTAGES, finish
 from fastloop.alarms import ALARMS, Alarms
 from fastloop.batches import Batches
 from fastloop.checkpoints import load_checkpoint, load_weights, save_checkpoint
 from fastloop.config import Config
-from fastloop.denoisers import load_denoiser
+from fastloop.denoisers import ready_denoiser
 from fastloop.engines.deepspeed import DeepSpeedEngine
 from fastloop.engines.torch import TorchEngine
 from fastloop.errors import RewardFailed, UserError, described, one_line
@@ -31,12 +30,13 @@ from fastloop.metrics import image_statistics, reward_metrics
 from fastloop.objectives import OBJECTIVES
 from fastloop.observer import UNOBSERVED, Observer
 from fastloop.optimizers import Ema, holding
-from fastloop.plan import check, confirm
+from fastloop.preflight import confirm, preflight
 from fastloop.prompts import PromptStream, prompt_facts, score_name
 from fastloop.ranks import ALONE, Ranks
 from fastloop.records import Pace, save_samples
 from fastloop.report import write_report
-from fastloop.rewards import Scores, save_unscored
+from fastloop.rewards.calls import save_unscored
+from fastloop.rewards.scoring import Scores
 from fastloop.rollout import Trajectories, gather_scores, scored_rollout
 from fastloop.rundir import claim_run_dir, release_run_dir, rewrite_config, write_run
 from fastloop.stopping import Stopped, StopRequest
@@ -66,7 +66,7 @@ class Trainer:
             UserError: anything in the configuration does not fit the machine, the files or the model.
         """
         self.leave_out = leave_out
-        checked = check(config, ranks, resume)
+        checked = preflight(config, ranks, resume)
         self.config, self.ranks, self.observer, self.chosen = checked.config, ranks, observer, None
         config = self.config
         self.device, self.table, self.steps_trained = checked.device, checked.table, checked.steps_trained
@@ -80,14 +80,8 @@ class Trainer:
         self.rewards.start()
         self.eval_rewards.start()
 
-        self.denoiser = load_denoiser(config.model, self.device)
+        self.denoiser = ready_denoiser(config, self.device, trained=True)
         self.denoiser.observer = observer
-        if config.memory.offload_frozen:
-            self.denoiser.offload_frozen()
-        self.denoiser.train_adapter(config.memory.gradient_checkpointing, seed=config.seed)
-        kernels.fuse(self.denoiser.unet, config.kernels, self.device)
-        if config.kl.weight:
-            self.denoiser.keep_reference()
         if checked.chosen:
             self.config, self.chosen = config, _ = confirm(checked, self.denoiser, ranks)
             ranks.from_main(lambda: rewrite_config(self.folder, config))
@@ -100,8 +94,8 @@ class Trainer:
             parts = self.denoiser.trained_parts
             self.engine = DeepSpeedEngine(parts, self.parameters, config, self.device, ranks, batches)
         else:
-            self.engine = TorchEngine(self.denoiser.unet, self.parameters, config, self.device)
-        self.denoiser.model = self.engine.model
+            self.engine = TorchEngine(self.parameters, config, self.device)
+        self.denoiser.forward = self.engine.forward
         if config.model.compile:
             self.denoiser.compile(batches.calls(len(self.eval_prompts)))
         self.ema = None

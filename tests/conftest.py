@@ -26,7 +26,7 @@ from diffusers import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from fastloop.denoisers import ASSETS
+from fastloop.denoisers.files import ASSETS
 from fastloop.recipes import parse_config
 
 torch.set_num_threads(1)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fastloop.advantages import finish
-from fastloop.rewards import Scores
+from fastloop.rewards.scoring import Scores
 from fastloop.rollout import Texts, Trajectories, gather_scores
 from fastloop.trainer import Trainer
 

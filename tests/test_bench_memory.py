@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastloop.plan import check
+from fastloop.preflight import preflight
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -39,10 +39,10 @@ def test_every_row_at_full_size_is_a_configuration_that_can_run(memory, tmp_path
     configs = memory.configs_for(size, tmp_path, memory.FULL_SIZE)
     assert list(configs) == list(memory.ROWS)
     for name, config in configs.items():
-        checked = check(config)
+        checked = preflight(config)
         checked.rewards.close()
         checked.eval_rewards.close()
-        assert sum(p.numel() for p in checked.skeleton.unet.parameters()) >= memory.FULL_SIZE, name
+        assert sum(p.numel() for p in checked.skeleton.network.parameters()) >= memory.FULL_SIZE, name
 
 
 def test_what_cannot_be_measured_is_refused_in_one_line(memory, tmp_path, capsys):

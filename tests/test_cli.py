@@ -53,7 +53,6 @@ def no_model(monkeypatch):
         raise AssertionError("a model was loaded")
 
     monkeypatch.setattr("fastloop.denoisers.load_denoiser", loaded)
-    monkeypatch.setattr("fastloop.trainer.load_denoiser", loaded)
 
 
 @pytest.fixture

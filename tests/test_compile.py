@@ -16,9 +16,9 @@ from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastloop.denoisers import load_denoiser
-from fastloop.denoisers.base import FlashAttention
+from fastloop.denoisers.unet import FlashAttention
 from fastloop.errors import UserError
-from fastloop.plan import check
+from fastloop.preflight import preflight
 from fastloop.recipes import parse_config
 from fastloop.tracking import read_rows
 from fastloop.trainer import Trainer
@@ -50,14 +50,14 @@ def test_flash_attention_is_the_only_one_and_gives_the_same_outputs_and_gradient
     cond, _ = denoiser.encode(["a cat", "a dog"], make_config(sampling={"guidance_scale": 1}).sampling)
 
     def compute():
-        denoiser.unet.zero_grad()
+        denoiser.network.zero_grad()
         with Operators() as operators:
             output = denoiser.predict(x, t, cond, None)[0]
             output.square().sum().backward()
         return output, [p.grad.clone() for p in denoiser.trainable().values()], operators.names
 
     expected, gradients, _ = compute()
-    denoiser.unet.set_attn_processor(FlashAttention())
+    denoiser.network.set_attn_processor(FlashAttention())
     torch.backends.cuda.enable_flash_sdp(False)  # the processor itself must allow it, in the backward as well
     try:
         output, found, names = compute()
@@ -76,10 +76,10 @@ def test_a_smaller_batch_is_filled_up_and_gives_its_own_outputs_and_gradients(ma
     denoiser.train_adapter(False, seed=0)
     x, t = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([10, 500, 900])
     text, seen = denoiser.encode(["a cat", "a dog", "a bee"], config.sampling), []
-    denoiser.unet.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    denoiser.network.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
 
     def compute():
-        denoiser.unet.zero_grad()
+        denoiser.network.zero_grad()
         outputs = denoiser.predict(x, t, *text)
         sum(output.square().sum() for output in outputs).backward()
         return [*outputs, *(p.grad.clone() for p in denoiser.trainable().values())]
@@ -254,11 +254,11 @@ def test_deepspeed_runs_the_compiled_unet_on_two_ranks_and_resumes_exactly(make_
 )
 def test_what_cannot_work_is_refused_before_the_model_loads(make_config, changes, says):
     with pytest.raises(UserError) as caught:
-        check(make_config(**changes))
+        preflight(make_config(**changes))
     assert says in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_without_a_compiler_a_compiled_model_is_refused(make_config, monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(UserError, match="^model.compile: torch.compile needs a C\\+\\+ compiler: install g\\+\\+; or set"):
-        check(make_config(model={"compile": "regional"}, engine={"device": "cpu"}))
+        preflight(make_config(model={"compile": "regional"}, engine={"device": "cpu"}))

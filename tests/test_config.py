@@ -484,7 +484,6 @@ def test_every_bad_config_is_one_line_with_exit_code_2_and_nothing_is_made(
         raise AssertionError("a model was loaded")
 
     monkeypatch.setattr("fastloop.denoisers.load_denoiser", no_model)
-    monkeypatch.setattr("fastloop.trainer.load_denoiser", no_model)
     monkeypatch.chdir(tmp_path)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(text)

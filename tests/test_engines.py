@@ -10,7 +10,8 @@ import torch
 from fastloop.batches import Batches
 from fastloop.engines.deepspeed import deepspeed_problem, deepspeed_settings
 from fastloop.errors import UserError
-from fastloop.plan import check, overview
+from fastloop.plan import overview
+from fastloop.preflight import preflight
 
 
 @pytest.fixture
@@ -126,5 +127,5 @@ def test_what_is_missing_is_told_with_its_remedy(make_config, monkeypatch):
 )
 def test_the_plan_says_how_a_rollout_gets_its_weights(make_config, keys, says):
     optimizer = {"name": "cpu_adamw"} if "offload_optimizer" in keys else {}
-    lines = overview(check(make_config(engine={"name": "deepspeed", "device": "cpu", **keys}, optimizer=optimizer)))
+    lines = overview(preflight(make_config(engine={"name": "deepspeed", "device": "cpu", **keys}, optimizer=optimizer)))
     assert f"engine       {says}" in lines

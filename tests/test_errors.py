@@ -116,7 +116,7 @@ def test_a_configuration_of_megabytes_is_refused_in_one_line(tmp_path, capsys):
 def test_score_prints_paths_and_notes_that_steer_no_terminal(tmp_path, monkeypatch, capsys):
     path = tmp_path / "a\x1b[31m.png"
     Image.new("RGB", (64, 64)).save(path)
-    monkeypatch.setattr("fastloop.rewards.Rewards.explain", lambda *args: "no\x1b[2J\nthing")
+    monkeypatch.setattr("fastloop.rewards.scoring.Rewards.explain", lambda *args: "no\x1b[2J\nthing")
     assert main(["score", "--reward", "jpeg_compressibility", str(path)]) == 0
     said = capsys.readouterr().out
     assert said.count("\n") == 1 and said.rstrip().isprintable() and said.endswith(r"a\x1b[31m.png  no\x1b[2J thing" + "\n")

@@ -11,7 +11,7 @@ import torch
 from fastloop.denoisers import load_denoiser
 from fastloop.evaluation import EVAL_STREAM, Evaluation, evaluate, summarize
 from fastloop.prompts import Prompt, load_prompts
-from fastloop.rewards import Rewards
+from fastloop.rewards.scoring import Rewards
 from fastloop.rollout import rollout, sampler_table
 
 RNG = np.random.default_rng(0)

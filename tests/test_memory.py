@@ -17,8 +17,8 @@ from torch.utils._pytree import tree_leaves
 from fastloop.batches import Batches, micro_batches, shuffled
 from fastloop.denoisers import build_skeleton, load_denoiser
 from fastloop.errors import UserError
-from fastloop.memory import choose, free_bytes, probed_factor
-from fastloop.plan import check
+from fastloop.memory.choosing import choose, free_bytes, probed_factor
+from fastloop.preflight import preflight
 from fastloop.ranks import Ranks
 from fastloop.recipes import load_config
 from fastloop.rollout import Texts, Trajectories, rollout, sampler_table
@@ -36,7 +36,7 @@ CPU, META = torch.device("cpu"), torch.device("meta")
 def guest(make_config):
     """A denoiser with real weights that computes on the meta device."""
     denoiser = load_denoiser(make_config().model, CPU)
-    denoiser.unet.to(META)
+    denoiser.network.to(META)
     denoiser.device = META
     denoiser.offload_frozen()
     return denoiser
@@ -216,7 +216,7 @@ def free(monkeypatch):
     """A function that sets the free memory."""
 
     def put(size: float) -> None:
-        monkeypatch.setattr("fastloop.plan.free_bytes", lambda device, neighbours: int(size))
+        monkeypatch.setattr("fastloop.preflight.free_bytes", lambda device, neighbours: int(size))
 
     return put
 
@@ -228,7 +228,7 @@ def batches(config) -> list[int]:
 def test_automatic_batches_are_the_largest_that_fit_and_stay_those_of_the_run(make_config, free):
     """6 trajectories, and 12 pairs in an update, in batches of nearly one size."""
     free(2**40)
-    assert batches(check(make_config(memory=AUTO)).config) == [6, 12, 6]
+    assert batches(preflight(make_config(memory=AUTO)).config) == [6, 12, 6]
     free(2.9e6)
     config = make_config(memory=AUTO, iterations=1)
     trainer = Trainer(config)
@@ -242,13 +242,13 @@ def test_automatic_batches_are_the_largest_that_fit_and_stay_those_of_the_run(ma
     assert batches(written) == batches(trainer.config)
     assert read_rows(trainer.folder / "metrics.jsonl")[0]["policy/replay_max_dev"] <= 1e-6
     free(2**40)
-    assert batches(check(config, resume=True).config) == batches(trainer.config)
+    assert batches(preflight(config, resume=True).config) == batches(trainer.config)
 
 
 def test_automatic_batches_are_the_smallest_of_the_ranks(make_config, free):
     free(2**40)
     config = make_config(memory=AUTO)
-    checked = check(config)
+    checked = preflight(config)
     ranks = Ranks()
     ranks.highest = lambda value: max(value, -2)  # another rank has room for two
     batches = Batches(config, checked.steps_trained)
@@ -259,14 +259,14 @@ def test_automatic_batches_are_the_smallest_of_the_ranks(make_config, free):
 def test_automatic_batches_in_half_precision_are_the_same_in_rollout_and_update(make_config, free):
     """There what a model computes depends on the batch, and the ratio must be 1."""
     free(2**40)
-    rollout, update, _ = batches(check(make_config(memory=AUTO, model={"dtype": "bf16"})).config)
+    rollout, update, _ = batches(preflight(make_config(memory=AUTO, model={"dtype": "bf16"})).config)
     assert rollout == update == 6
 
 
 def test_a_model_that_needs_more_than_was_traced_gets_smaller_batches(make_config, free, monkeypatch):
     free(4e6)
-    before = batches(check(make_config(memory=AUTO)).config)
-    monkeypatch.setattr("fastloop.plan.probed_factor", lambda *_: 2.0)
+    before = batches(preflight(make_config(memory=AUTO)).config)
+    monkeypatch.setattr("fastloop.preflight.probed_factor", lambda *_: 2.0)
     trainer = Trainer(make_config(memory=AUTO))
     assert batches(trainer.config)[1] < before[1]
     assert batches(load_config(trainer.folder / "config.yaml")) == batches(trainer.config)
@@ -275,13 +275,13 @@ def test_a_model_that_needs_more_than_was_traced_gets_smaller_batches(make_confi
 def test_no_room_for_one_is_refused_before_the_model_loads(make_config, free):
     free(3e5)
     with pytest.raises(UserError, match="^memory.rollout_batch: auto finds no room for even one: it needs about"):
-        check(make_config(memory=AUTO))
+        preflight(make_config(memory=AUTO))
 
 
 def test_the_probe_changes_nothing(make_config, free):
     free(2**40)
     config = make_config(memory=AUTO)
-    checked = check(config)
+    checked = preflight(config)
     denoiser = load_denoiser(config.model, CPU)
     denoiser.train_adapter(False, seed=0)
     random = torch.get_rng_state()

@@ -9,7 +9,7 @@ import pytest
 
 from fastloop.metrics import held_out_falling, image_statistics, reward_metrics
 from fastloop.prompts import Prompt
-from fastloop.rewards import Scores
+from fastloop.rewards.scoring import Scores
 
 GENERATOR = np.random.default_rng(0)
 

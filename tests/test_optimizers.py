@@ -77,7 +77,7 @@ def test_saved_state_goes_on_bit_for_bit(name, make_config, tmp_path):
     config = make_config(optimizer={"name": name, "lr": 1e-2})
 
     def engine(over) -> TorchEngine:
-        return TorchEngine(torch.nn.Identity(), {str(i): p for i, p in enumerate(over)}, config, CPU)
+        return TorchEngine({str(i): p for i, p in enumerate(over)}, config, CPU)
 
     unbroken = parameters()
     steps(engine(unbroken).optimizer, unbroken, 0, 6)
@@ -96,7 +96,7 @@ def test_saved_state_goes_on_bit_for_bit(name, make_config, tmp_path):
 def test_what_cannot_be_used_is_one_line_before_any_model_loads(make_config, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "recipe.yaml").write_text(dump_config(make_config()))
-    monkeypatch.setattr("fastloop.trainer.load_denoiser", None)
+    monkeypatch.setattr("fastloop.denoisers.load_denoiser", None)
     assert main(["train", "recipe.yaml", "optimizer.name=paged_adamw8bit", "engine.device=cpu"]) == 2
     assert capsys.readouterr().err == (
         "fastloop: optimizer.name: paged_adamw8bit pages its state between GPU and CPU, and this runs on cpu: "

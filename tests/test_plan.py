@@ -14,8 +14,9 @@ from fastloop.batches import Batches, Rows, shuffled, trained_steps
 from fastloop.denoisers import build_skeleton, load_denoiser
 from fastloop.errors import UserError
 from fastloop.kernels.reference import MicroBatch, policy_loss
-from fastloop.memory import LiveBytes, Traced
-from fastloop.plan import check, derived_lines, memory, plan, prompts_line, time_lines
+from fastloop.memory.traces import LiveBytes, Traced
+from fastloop.plan import derived_lines, plan, planned_memory, prompts_line, time_lines
+from fastloop.preflight import preflight
 from fastloop.prompts import Prompt
 from fastloop.recipes import parse_config
 from fastloop.rollout import sampler_table
@@ -62,7 +63,7 @@ def test_the_parameters_are_those_of_the_loaded_model(make_config, model):
     if config.model.adapter == "lora":  # shown once, as trained
         expected["unet"] -= expected["trained"]
     assert counted(config) == expected
-    parts, weights = memory(config).parts, modules
+    parts, weights = planned_memory(config).parts, modules
     assert parts["UNet"] == sum(p.numel() * p.element_size() for p in weights["unet"].parameters())
     assert parts["VAE"] == sum(p.numel() * p.element_size() for p in weights["vae"].parameters())
 
@@ -98,7 +99,7 @@ CASES = [
 
 
 def traced(config) -> Traced:
-    return Traced(config, check(config).skeleton, accumulates=True, on_gpu=False)
+    return Traced(config, preflight(config).skeleton, accumulates=True, on_gpu=False)
 
 
 @pytest.mark.parametrize("changes", CASES, ids=str)
@@ -162,7 +163,7 @@ def measured(config) -> int:
 
 def test_the_planned_peak_of_sdxl_is_within_15_percent_of_the_measured_one(make_config, tiny_sdxl):
     config = make_config(model={"path": tiny_sdxl, "adapter": "full"}, prompts={"limit": 3}, iterations=1)
-    assert memory(config).peak == pytest.approx(measured(config), rel=0.15)
+    assert planned_memory(config).peak == pytest.approx(measured(config), rel=0.15)
 
 
 @pytest.mark.parametrize(
@@ -181,7 +182,7 @@ def test_the_planned_peak_of_sdxl_is_within_15_percent_of_the_measured_one(make_
 )
 def test_the_planned_peak_is_within_15_percent_of_the_measured_one(make_config, changes):
     config = make_config(**{"prompts": {"limit": 3}, "safety": {"max_ratio_dev": 1.0}, **changes})
-    assert memory(config).peak == pytest.approx(measured(config), rel=0.15)
+    assert planned_memory(config).peak == pytest.approx(measured(config), rel=0.15)
 
 
 @pytest.mark.parametrize("name", ["up_blocks.7", "up_block", "conv_in", ""])
@@ -189,7 +190,7 @@ def test_a_block_that_is_not_there_is_refused_with_those_that_are(make_config, n
     with pytest.raises(
         UserError, match=f"^memory.gradient_checkpointing: the UNet has no block '{name}': its blocks are down_b"
     ):
-        check(make_config(memory={"gradient_checkpointing": ["mid_block", name]}))
+        preflight(make_config(memory={"gradient_checkpointing": ["mid_block", name]}))
 
 
 def test_activations_do_not_count_what_attention_operators_do_not_keep(make_config):
@@ -200,7 +201,7 @@ def test_activations_do_not_count_what_attention_operators_do_not_keep(make_conf
 
 def test_memory_by_part(make_config):
     config = make_config()  # 3 prompts x 2 images x 4 steps = 24 pairs in 2 updates, at most 5 at once
-    parts, trained = memory(config).parts, counted(config)["trained"]
+    parts, trained = planned_memory(config).parts, counted(config)["trained"]
     assert parts["gradients"] == 4 * trained
     assert parts["optimizer"] == 8 * trained
     assert parts["trajectories"] == 4 * 5 * 6 * 4 * 8 * 8  # float32, steps + 1, images, latents
@@ -211,7 +212,7 @@ def test_memory_by_part(make_config):
 
 def test_the_lines_are_those_numbers(make_config):
     config = make_config()
-    lines, found = plan(config), memory(config)
+    lines, found = plan(config), planned_memory(config)
     begin = next(i for i, line in enumerate(lines) if line.startswith("memory"))
     rows = [re.split(r"  +", line.strip()) for line in lines[begin + 1 : -4]]
     shown = {row[0]: float(row[1].split()[0]) * SIZES[row[1].split()[1]] for row in rows if len(row) == 2}
@@ -222,27 +223,29 @@ def test_the_lines_are_those_numbers(make_config):
 
 def test_averages_and_references_are_counted_where_there_are_any(make_config):
     full = make_config(model={"adapter": "full"}, ema={"decay": 0.9}, kl={"weight": 0.1})
-    parts, trained = memory(full).parts, counted(full)["trained"]
+    parts, trained = planned_memory(full).parts, counted(full)["trained"]
     assert parts["moving average"] == parts["KL reference"] == 4 * trained
-    assert "KL reference" not in memory(make_config(kl={"weight": 0.1})).parts  # LoRA: the adapter is switched off
+    assert "KL reference" not in planned_memory(make_config(kl={"weight": 0.1})).parts  # LoRA: the adapter is switched off
 
 
 def test_on_a_gpu_what_rests_is_in_the_hosts_memory(make_config):
-    here, there = (memory(make_config(), gpu=gpu) for gpu in (False, True))
+    here, there = (planned_memory(make_config(), gpu=gpu) for gpu in (False, True))
     assert here.host == {}
     assert there.host == {name: here.parts[name] for name in ("text encoders", "VAE")}
-    stay = memory(make_config(memory={"offload_frozen": False}), gpu=True)
+    stay = planned_memory(make_config(memory={"offload_frozen": False}), gpu=True)
     assert stay.phases["update"] == there.phases["update"] + sum(there.host.values())
-    away = memory(make_config(memory={"trajectories": "host"}), gpu=True)
+    away = planned_memory(make_config(memory={"trajectories": "host"}), gpu=True)
     assert away.host["trajectories"] == there.phases["update"] - away.phases["update"] == there.parts["trajectories"]
 
 
 def test_a_gpu_is_planned_with_what_runs_there(make_config):
     """Fused norms and gates keep less; autocast has the outputs of the other norms in float32."""
-    fused, plain = (memory(make_config(kernels=name), gpu=True).phases["update"] for name in ("triton", "reference"))
+    fused, plain = (planned_memory(make_config(kernels=name), gpu=True).phases["update"] for name in ("triton", "reference"))
     assert fused < plain
     half = make_config(model={"dtype": "bf16"}, kernels="reference")
-    assert memory(half, gpu=True).parts["activations of 5 pairs"] > memory(half).parts["activations of 5 pairs"]
+    assert (
+        planned_memory(half, gpu=True).parts["activations of 5 pairs"] > planned_memory(half).parts["activations of 5 pairs"]
+    )
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
@@ -250,7 +253,7 @@ def test_zero_shares_out_what_its_stage_says(make_config, stage):
     """Of T trained of U weights in bfloat16 on R ranks (arXiv 1910.02054): 4 T masters, 8 T moments, 4 T gradients."""
     engine = {"name": "deepspeed", "zero_stage": stage}
     config = make_config(model={"adapter": "full", "dtype": "bf16"}, engine=engine)
-    trained, parts = counted(config)["trained"], memory(config, ranks=4).parts
+    trained, parts = counted(config)["trained"], planned_memory(config, ranks=4).parts
     share = lambda size, first: size / 4 if stage >= first else size  # noqa: E731
     assert parts["UNet"] == pytest.approx(share(2 * trained, 3), abs=4)
     assert parts["master weights"] == pytest.approx(share(4 * trained, 1), abs=4)
@@ -261,7 +264,7 @@ def test_zero_shares_out_what_its_stage_says(make_config, stage):
 
 def test_what_is_offloaded_is_in_the_hosts_memory(make_config):
     engine = {"name": "deepspeed", "zero_stage": 3, "offload_optimizer": True, "offload_parameters": True}
-    found = memory(make_config(engine=engine, optimizer={"name": "cpu_adamw"}))
+    found = planned_memory(make_config(engine=engine, optimizer={"name": "cpu_adamw"}))
     assert set(found.host) == {"master weights", "optimizer", "UNet"} and not set(found.host) & set(found.parts)
 
 
@@ -279,7 +282,7 @@ def test_what_is_offloaded_is_in_the_hosts_memory(make_config):
 )
 def test_activations_are_counted_for_the_largest_micro_batch(make_config, changes, pairs):
     config = make_config(**changes)
-    assert check(config).batches(ranks=1).update == pairs
+    assert preflight(config).batches(ranks=1).update == pairs
 
 
 def test_the_time_is_that_of_the_forwards(make_config):
@@ -402,7 +405,7 @@ def no_weights(monkeypatch):
 )
 def test_what_cannot_work_is_refused_in_one_line_before_any_weights_are_read(make_config, no_weights, changes, says):
     config = make_config(**changes)
-    for refuse in (check, plan, Trainer):
+    for refuse in (preflight, plan, Trainer):
         with pytest.raises(UserError) as caught:
             refuse(config)
         assert says in str(caught.value) and "\n" not in str(caught.value)
@@ -424,7 +427,7 @@ def test_what_is_checked_is_what_the_run_uses(make_config):
     config = make_config(
         last_steps={"drop": 1}, engine={"device": "cpu"}, eval={"rewards": [{"name": "jpeg_compressibility"}]}
     )
-    checked = check(config)
+    checked = preflight(config)
     assert checked.device == CPU
     assert [len(checked.prompts), len(checked.eval_prompts)] == [45, 3]
     assert (list(checked.rewards.terms), list(checked.eval_rewards.terms)) == (
@@ -446,4 +449,4 @@ def test_refusals_of_the_training_rewards_on_the_held_out_prompts_say_so(tmp_pat
     (tmp_path / "held_out.txt").write_text("a cat\n")
     values = {"rewards": [{"name": "shapes"}], "eval": {"prompts": {"source": str(tmp_path / "held_out.txt")}}}
     with pytest.raises(UserError, match=r"^rewards, on eval\.prompts\.0\.name: the shapes reward cannot read .* 'a cat'"):
-        check(parse_config(values, "test"))
+        preflight(parse_config(values, "test"))

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastloop import denoisers
 from fastloop.checkpoints import list_checkpoints, load_checkpoint
 from fastloop.config import ModelConfig
 from fastloop.denoisers import build_skeleton, load_denoiser
 from fastloop.errors import UserError
-from fastloop.plan import check, overview
+from fastloop.plan import overview
+from fastloop.preflight import preflight
 from fastloop.recipes import dump_config, load_config
 from fastloop.trainer import Trainer
 
@@ -36,7 +36,7 @@ def test_the_architecture_has_the_published_size(make_config, name):
     skeleton = build_skeleton(ModelConfig(**model))
     sizes, side = PUBLISHED[name]
     assert {part: sum(p.numel() for p in module.parameters()) for part, module in skeleton.parts.items()} == sizes
-    lines = overview(check(make_config(model=model)))
+    lines = overview(preflight(make_config(model=model)))
     assert lines[0] == f"model        {name} with random weights, lora, bf16, {side} x {side} pixels"
 
 
@@ -47,7 +47,7 @@ def tiny_architecture(tiny_sd, tmp_path, monkeypatch) -> None:
     shutil.rmtree(folder / "tokenizer")
     for file in folder.rglob("*.safetensors"):
         file.unlink()
-    monkeypatch.setattr(denoisers, "ARCHITECTURES", folder.parent)
+    monkeypatch.setattr("fastloop.denoisers.files.ARCHITECTURES", folder.parent)
 
 
 def state(denoiser) -> dict[str, torch.Tensor]:
@@ -86,7 +86,7 @@ def test_a_model_without_files_trains_resumes_and_is_exported(make_config, tiny_
     assert all(torch.equal(weights[name], p) for name, p in whole.parameters.items())
     if adapter == "full":
         pipeline = whole.denoiser.pipeline_class.from_pretrained(tmp_path / "whole" / "export")
-        trained = whole.denoiser.unet.state_dict()
+        trained = whole.denoiser.network.state_dict()
         assert all(torch.equal(trained[name], value) for name, value in pipeline.unet.state_dict().items())
     rows = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
     assert rows[0]["policy/replay_max_dev"] < 1e-5
@@ -126,7 +126,7 @@ RECIPES = sorted(
 def test_a_full_size_recipe_fits_its_architecture_and_says_what_it_needs_and_how_it_was_verified(path):
     name = path.name.split("_")[0]
     config = load_config(path, ["model.path=null", "model.variant=null", f"model.random_init={name}"])
-    checked = check(config)  # refuses what `fastloop plan` and `fastloop train` refuse
+    checked = preflight(config)  # refuses what `fastloop plan` and `fastloop train` refuse
     checked.rewards.close()
     checked.eval_rewards.close()
     assert sum(p.numel() for p in checked.skeleton.vae.parameters()) == PUBLISHED[name][0]["vae"]

@@ -8,8 +8,9 @@ import pytest
 
 from fastloop.prompts import ANIMALS
 from fastloop.recipes import load_config
-from fastloop.rewards import REGISTRY, Rewards
 from fastloop.rewards.noun_phrases import by_rule
+from fastloop.rewards.registry import REGISTRY
+from fastloop.rewards.scoring import Rewards
 
 RECIPES = sorted((Path(__file__).resolve().parent.parent / "configs").glob("*.yaml"))
 MODELS = {"sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5", "sdxl": "stabilityai/stable-diffusion-xl-base-1.0"}

@@ -27,9 +27,10 @@ from fastloop.cli import main
 from fastloop.config import RewardConfig
 from fastloop.errors import LIMIT, RewardFailed, RunFailed, UserError
 from fastloop.prompts import Prompt
-from fastloop.rewards import REGISTRY, Rewards
 from fastloop.rewards.jpeg import Incompressibility
+from fastloop.rewards.registry import REGISTRY
 from fastloop.rewards.remote import Remote, read_token
+from fastloop.rewards.scoring import Rewards
 from fastloop.rewards.server import MAX_IMAGES, MAX_ITEMS, make_app
 from fastloop.tracking import read_rows
 from fastloop.trainer import Trainer
@@ -627,7 +628,7 @@ def test_bad_params_are_refused(params, says):
 
 
 def test_a_server_that_is_not_there_is_told_before_the_model_loads(make_config, monkeypatch):
-    monkeypatch.setattr("fastloop.trainer.load_denoiser", lambda *args: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("fastloop.denoisers.load_denoiser", lambda *args: pytest.fail("the model was loaded"))
     with socket.create_server(("127.0.0.1", 0)) as taken:
         url = f"http://127.0.0.1:{taken.getsockname()[1]}"
     config = make_config(rewards=[{"name": "http", "params": {"url": url, "retries": 0}}])

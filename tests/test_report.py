@@ -13,8 +13,9 @@ import pytest
 import yaml
 from PIL import Image
 
+from fastloop.grids import before_after_grid, image_grid
 from fastloop.report import write_report
-from fastloop.tracking import Tracker, before_after_grid, image_grid
+from fastloop.tracking import Tracker
 
 INJECTION = "<script>alert('x')</script> & \"quoted\""
 PROMPTS = ["a red circle and a green cross", "two blue squares", INJECTION, "a ring above a triangle"]
@@ -141,6 +142,69 @@ def test_the_page_needs_nothing_from_outside(page):
 def test_prompts_and_config_cannot_inject_html(page):
     assert "<script" not in page
     assert page.count("&lt;script&gt;alert(") >= 4, "in the notes, the prompts, the categories and the configuration"
+
+
+def test_markup_and_template_code_in_a_run_are_shown_as_text(tmp_path):
+    run = make_run(tmp_path / "<script>{{ 7*7 }}", 2, every=1)
+    code = "<script>alert('x')</script> {{ 7*7 }} {% raw %} {# note #} &amp;"
+    config = {
+        "algorithm": f"algorithm {code}",
+        "rewards": [{"name": f"trained {code}"}, {"name": "jpeg"}],
+        "eval": {"rewards": [{"name": f"watched {code}"}]},
+        "prompts": {"source": f"source {code}"},
+    }
+    (run / "config.yaml").write_text(yaml.safe_dump(config, width=1000))
+    facts = {"machine": {f"key {code}": f"value {code}"}, "status": f"status {code}", "message": f"message {code}"}
+    (run / "run.json").write_text(json.dumps(facts | {"command": f"command {code}"}))
+    row = {"iteration": 3, f"reward/trained {code}": 0.5, f"alarm/{code}": 1}
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    estimate = {"mean": 0.5, "stderr": 0.1, "n": 4}
+    rewards, categories = ({f"{kind} {code}": estimate} for kind in ("watched", "category"))
+    with (run / "eval.jsonl").open("a") as file:
+        file.write(json.dumps(evaluation(3, 0.5) | {"rewards": rewards, "categories": categories}) + "\n")
+    entry = {"prompt": f"prompt {code}", "reward": 0.5, "note": f"note {code}"}
+    (run / "samples" / "000000.json").write_text(json.dumps([entry]))
+
+    tags, texts = [], []
+
+    class Parser(HTMLParser):
+        def handle_starttag(self, tag, attributes):
+            tags.append(tag)
+            texts.extend(value for _, value in attributes)
+
+        def handle_data(self, data):
+            texts.append(data)
+
+    Parser().feed(write_report(run).read_text())
+    assert "script" not in tags
+    for text in (
+        "<script>{{ 7*7 }} · fastloop run",
+        f"algorithm {code}",
+        f"status {code}",
+        f"message {code}",
+        f"command {code}",
+        f"key {code}",
+        f"value {code}",
+        code,  # the alarm
+        f"prompt {code}",
+        f"note {code}",
+        f"category {code}",
+        f"watched {code}",
+        f"Held-out watched {code} and training reward",
+        f"Held-out watched {code} and training reward over the iterations",
+        f"Training reward: trained {code}",
+        (run / "config.yaml").read_text(),
+    ):
+        assert text in texts
+
+
+def test_a_reward_whose_name_looks_like_a_formula_has_its_chart(tmp_path):
+    name = "$x^$"
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"eval": {"rewards": [{"name": name}]}}))
+    row = evaluation(0, 0.5) | {"rewards": {name: {"mean": 0.5, "stderr": 0.1, "n": 4}}}
+    (tmp_path / "eval.jsonl").write_text(json.dumps(row) + "\n")
+    assert f'alt="Held-out {name} and training reward over the iterations"' in write_report(tmp_path).read_text()
 
 
 def test_the_page_is_well_formed(page):

@@ -29,15 +29,16 @@ from transformers.models.blip.image_processing_pil_blip import BlipImageProcesso
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from fastloop.config import RewardConfig
-from fastloop.denoisers import ASSETS
+from fastloop.denoisers.files import ASSETS
 from fastloop.errors import UserError
 from fastloop.prompts import Prompt
-from fastloop.rewards import Rewards, build
 from fastloop.rewards.blip_scores import split_image_reward
 from fastloop.rewards.clip_scores import from_open_clip
 from fastloop.rewards.models import Pixels, Predictor, read_tensors
 from fastloop.rewards.noun_phrases import by_rule
 from fastloop.rewards.ocr import accuracy, asked_text
+from fastloop.rewards.registry import build
+from fastloop.rewards.scoring import Rewards
 
 RNG = np.random.default_rng(0)
 IMAGES = RNG.integers(0, 256, (5, 40, 56, 3), dtype=np.uint8)

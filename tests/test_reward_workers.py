@@ -16,7 +16,8 @@ from fastloop.config import RewardConfig
 from fastloop.errors import RewardFailed, RewardTimedOut, UserError
 from fastloop.prompts import Prompt
 from fastloop.recipes import parse_config
-from fastloop.rewards import Moments, Rewards, save_unscored
+from fastloop.rewards.calls import save_unscored
+from fastloop.rewards.scoring import Moments, Rewards
 from fastloop.rewards.workers import OwnProcess, Workers
 from fastloop.tracking import read_rows
 from fastloop.trainer import Trainer

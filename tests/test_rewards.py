@@ -22,7 +22,8 @@ from fastloop.cli import main
 from fastloop.config import PromptsConfig, RewardConfig
 from fastloop.errors import RunFailed, UserError
 from fastloop.prompts import Prompt, load_prompts
-from fastloop.rewards import REGISTRY, Moments, Rewards, _covered
+from fastloop.rewards.registry import REGISTRY
+from fastloop.rewards.scoring import Moments, Rewards, _covered
 from fastloop.shapes.checker import check
 from fastloop.shapes.grammar import CATEGORIES, all_requests, parse
 from fastloop.shapes.renderer import place, render

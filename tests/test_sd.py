@@ -12,7 +12,9 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionMod
 from safetensors.torch import load_file, save_file
 
 from fastloop.config import ModelConfig, SamplingConfig
-from fastloop.denoisers import base, build_skeleton, family, load_denoiser, read_json, resolve_path
+from fastloop.denoisers import build_skeleton, family, load_denoiser
+from fastloop.denoisers.files import read_json, resolve_path
+from fastloop.denoisers.parts import DTYPES
 from fastloop.errors import RunFailed, UserError
 from fastloop.kernels.reference import initial_noise, normal
 from fastloop.machine import xformers_problem
@@ -247,7 +249,7 @@ def test_variant_reads_the_files_of_that_name(tiny_sd, tmp_path) -> None:
     stock(tiny_sd).to(torch.float16).save_pretrained(tmp_path / "half", variant="fp16")
     refused(lambda: load(tmp_path / "half"), "text_encoder")
     refused(lambda: load(tiny_sd, variant="fp16"), "variant fp16")
-    half, whole = load(tmp_path / "half", variant="fp16").unet.state_dict(), load(tiny_sd).unet.state_dict()
+    half, whole = load(tmp_path / "half", variant="fp16").network.state_dict(), load(tiny_sd).network.state_dict()
     assert all(torch.equal(half[name], value.half().float()) for name, value in whole.items())
     trainable(tmp_path / "half", variant="fp16", adapter="full").export(tmp_path / "export")
     exported = stock(tmp_path / "export")
@@ -395,7 +397,7 @@ def test_long_prompt_is_cut_to_the_text_encoders_length(tiny_sd, copy) -> None:
 def test_more_prompts_than_the_cache_holds_are_all_encoded(tiny_sd, monkeypatch) -> None:
     prompts = ["a red circle", "a dog", "a cat", "a horse", "a dog"]
     expected = load(tiny_sd).encode(prompts, GUIDED)
-    monkeypatch.setattr(base, "CACHED_PROMPTS", 2)
+    monkeypatch.setattr("fastloop.denoisers.base.CACHED_PROMPTS", 2)
     denoiser = load(tiny_sd)
     for _ in range(2):
         for ours, theirs in zip(denoiser.encode(prompts, GUIDED), expected, strict=True):
@@ -404,7 +406,7 @@ def test_more_prompts_than_the_cache_holds_are_all_encoded(tiny_sd, monkeypatch)
 
 
 def test_full_cache_does_not_lose_a_prompt_of_the_same_call(tiny_sd, monkeypatch) -> None:
-    monkeypatch.setattr(base, "CACHED_PROMPTS", 2)
+    monkeypatch.setattr("fastloop.denoisers.base.CACHED_PROMPTS", 2)
     denoiser = load(tiny_sd)
     without = SamplingConfig(guidance_scale=1.0)
     first, _ = denoiser.encode(["a dog", "a cat"], without)
@@ -433,7 +435,7 @@ def test_prediction_equals_the_unet_called_by_hand(request, path: str) -> None:
 
 def test_both_branches_of_guidance_share_one_forward(tiny_sd) -> None:
     denoiser = load(tiny_sd)
-    calls = count_calls(denoiser.unet)
+    calls = count_calls(denoiser.network)
     with torch.no_grad():
         cond, uncond = denoiser.predict(*batch(denoiser))
         assert calls == [(6, 4, 8, 8)]
@@ -527,7 +529,7 @@ def test_half_precision_models_keep_latents_and_log_probs_in_float32(tiny_sd, ad
     table = sampler_table(ModelConfig(path=tiny_sd), sampling)
     whole = our_rollout(trainable(tiny_sd), table, sampling)
     denoiser = trainable(tiny_sd, adapter=adapter, dtype=dtype)
-    assert {output.dtype for output in denoiser.predict(*batch(denoiser))} == {base.DTYPES[dtype]}
+    assert {output.dtype for output in denoiser.predict(*batch(denoiser))} == {DTYPES[dtype]}
     half = our_rollout(denoiser, table, sampling)
     assert half.latents.dtype == half.log_probs.dtype == torch.float32
     assert half.log_probs.isfinite().all()
@@ -584,7 +586,7 @@ def test_adapter_has_the_rank_and_the_scale_configured(tiny_sd, rank: int, alpha
     down, up = (weights[f"{layer}.lora_{side}.default.weight"] for side in "AB")
     assert down.shape == (rank, 16)
     assert up.shape == (16, rank)
-    module = denoiser.unet.get_submodule(layer)
+    module = denoiser.network.get_submodule(layer)
     x = torch.randn(5, 16)
     assert torch.allclose(module(x) - module.base_layer(x), scale * x @ down.T @ up.T, atol=1e-5)
 
@@ -592,7 +594,7 @@ def test_adapter_has_the_rank_and_the_scale_configured(tiny_sd, rank: int, alpha
 @pytest.mark.parametrize("targets", [["to_q"], ["to_q", "to_k", "to_v", "to_out.0"], ["conv1", "ff.net.0.proj"]])
 def test_adapters_are_on_all_modules_of_the_given_endings_and_no_others(tiny_sd, targets: list[str]) -> None:
     plain = load(tiny_sd)
-    named = {name for name, _ in plain.unet.named_modules() if any(name.endswith(f".{target}") for target in targets)}
+    named = {name for name, _ in plain.network.named_modules() if any(name.endswith(f".{target}") for target in targets)}
     denoiser = trainable(tiny_sd, lora={"rank": 2, "target_modules": targets})
     assert {name.split(".lora_")[0] for name in denoiser.trainable()} == named
     assert len(denoiser.trainable()) == 2 * len(named) > 0
@@ -607,11 +609,11 @@ def test_target_module_that_cannot_be_adapted_is_refused(tiny_sd, targets: list[
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 def test_only_float32_adapters_are_trained_whatever_the_models_dtype(tiny_sd, dtype: str) -> None:
     denoiser = trainable(tiny_sd, dtype=dtype)
-    parameters = dict(denoiser.unet.named_parameters())
+    parameters = dict(denoiser.network.named_parameters())
     adapters = {name for name in parameters if ".lora_" in name}
     assert {name for name, p in parameters.items() if p.requires_grad} == adapters == set(denoiser.trainable())
     assert {parameters[name].dtype for name in adapters} == {torch.float32}
-    assert {p.dtype for name, p in parameters.items() if name not in adapters} == {base.DTYPES[dtype]}
+    assert {p.dtype for name, p in parameters.items() if name not in adapters} == {DTYPES[dtype]}
     assert not any(p.requires_grad for part in (denoiser.vae, denoiser.parts["text_encoder"]) for p in part.parameters())
     loss(denoiser).backward()
     assert all(grad.dtype == torch.float32 and grad.isfinite().all() for grad in gradients(denoiser).values())
@@ -680,9 +682,9 @@ def test_full_fine_tuning_trains_every_weight_of_the_unet_in_float32(tiny_sd, dt
     denoiser = trainable(tiny_sd, adapter="full", dtype=dtype)
     file = load_file(Path(tiny_sd) / UNET_FILE)
     assert all(torch.equal(p, file[name]) for name, p in denoiser.trainable().items())  # not rounded to dtype
-    assert set(denoiser.trainable()) == {name for name, _ in denoiser.unet.named_parameters()}
+    assert set(denoiser.trainable()) == {name for name, _ in denoiser.network.named_parameters()}
     assert {p.dtype for p in denoiser.trainable().values()} == {torch.float32}
-    assert denoiser.vae.dtype == denoiser.parts["text_encoder"].dtype == base.DTYPES[dtype]
+    assert denoiser.vae.dtype == denoiser.parts["text_encoder"].dtype == DTYPES[dtype]
     loss(denoiser).backward()
     assert all(grad.dtype == torch.float32 and grad.isfinite().all() for grad in gradients(denoiser).values())
 
@@ -706,7 +708,7 @@ def test_gradient_checkpointing_computes_again_and_gives_the_same_gradients(tiny
         change(denoiser, size=0.05)
         predictions = outputs(denoiser)
         counts = [
-            count_calls(denoiser.unet.get_submodule(name))
+            count_calls(denoiser.network.get_submodule(name))
             for name in ("mid_block.attentions.0.transformer_blocks.0", "up_blocks.0.resnets.1", "up_blocks.1.resnets.0")
         ]
         value = loss(denoiser)
@@ -726,7 +728,7 @@ def test_checkpointing_of_some_blocks_computes_those_again_and_gives_the_same_gr
         denoiser = trainable(tiny_sd, chosen)
         change(denoiser, size=0.05)
         names = ("mid_block.attentions.0.transformer_blocks.0", "up_blocks.0.resnets.1", "up_blocks.1.resnets.0")
-        counts = [count_calls(denoiser.unet.get_submodule(name)) for name in names]
+        counts = [count_calls(denoiser.network.get_submodule(name)) for name in names]
         loss(denoiser).backward()
         assert [len(calls) for calls in counts] == ([2, 2, 1] if chosen else [1, 1, 1])
         found.append(gradients(denoiser))
@@ -738,7 +740,7 @@ def test_there_is_no_dropout_in_training_even_with_gradient_checkpointing(copy, 
     edit_json(copy / "unet" / "config.json", dropout=0.5)
     edit_json(copy / "text_encoder" / "config.json", attention_dropout=0.5)
     denoiser = trainable(copy, checkpointing=True, adapter=adapter)
-    assert any(module.p == 0.5 for module in denoiser.unet.modules() if isinstance(module, torch.nn.Dropout))
+    assert any(module.p == 0.5 for module in denoiser.network.modules() if isinstance(module, torch.nn.Dropout))
     assert torch.equal(loss(denoiser), loss(denoiser))
     assert torch.equal(denoiser.encode(PROMPTS, GUIDED)[0], load(copy).encode(PROMPTS, GUIDED)[0])
 
@@ -796,7 +798,7 @@ def test_exported_pipeline_is_the_trained_one_in_one_dtype(request, tmp_path, pa
     trained, folder = outputs(denoiser), tmp_path / "export"
     denoiser.export(folder)
     assert torch.equal(outputs(denoiser), trained)
-    assert denoiser.vae.dtype == denoiser.parts["text_encoder"].dtype == base.DTYPES[dtype]
+    assert denoiser.vae.dtype == denoiser.parts["text_encoder"].dtype == DTYPES[dtype]
 
     assert {file for file in files(folder) if not file.endswith((".json", ".txt"))} == {UNET_FILE, VAE_FILE, TEXT_FILE}
     pipeline = stock(folder)

@@ -17,11 +17,13 @@ from safetensors.torch import load_file, save_file
 from test_deepspeed import ROOT, distance, environment, equal, train_all, weights, zero
 
 from fastloop.config import ModelConfig, SamplingConfig
-from fastloop.denoisers import build_skeleton, load_denoiser, read_json
+from fastloop.denoisers import build_skeleton, load_denoiser
+from fastloop.denoisers.files import read_json
 from fastloop.errors import RunFailed, UserError
 from fastloop.kernels.reference import initial_noise, normal
-from fastloop.memory import LiveBytes, Traced
-from fastloop.plan import check, plan
+from fastloop.memory.traces import LiveBytes, Traced
+from fastloop.plan import plan
+from fastloop.preflight import preflight
 from fastloop.rollout import rollout
 from fastloop.tracking import read_rows
 from fastloop.trainer import Trainer
@@ -247,7 +249,7 @@ def test_parts_that_do_not_fit_are_refused(tiny_sdxl, tmp_path, file, values, sa
 @pytest.mark.parametrize("key", SIZES)
 def test_sizes_as_a_condition_are_refused_for_other_models(make_config, key) -> None:
     with pytest.raises(UserError, match=f"^sampling.{key}: only SDXL is told of picture sizes"):
-        check(make_config(sampling={key: SIZES[key]}))
+        preflight(make_config(sampling={key: SIZES[key]}))
 
 
 def test_the_plan_counts_both_text_encoders_and_what_a_real_forward_keeps(make_config, tiny_sdxl) -> None:
@@ -261,7 +263,7 @@ def test_the_plan_counts_both_text_encoders_and_what_a_real_forward_keeps(make_c
         x, text = torch.empty(3, 4, 8, 8).normal_(), denoiser.condition([denoiser.blank_embedding()] * 3, config.sampling)
         outputs = denoiser.predict(x, torch.zeros(3, dtype=torch.int64), text, text)
         (outputs[0] - outputs[1]).square().sum().backward()
-    traced = Traced(config, check(config).skeleton, accumulates=False, on_gpu=False)
+    traced = Traced(config, preflight(config).skeleton, accumulates=False, on_gpu=False)
     assert traced.update.peak(3) == pytest.approx(live.peak, rel=0.05)
 
 
@@ -344,7 +346,7 @@ def test_a_full_fine_tune_gives_the_same_pictures_in_stock_diffusers_and_can_be_
     assert levels(ours, stock_run(pipeline, sampling, (4, 8, 8))[1]) <= 1
     assert levels(ours, pictures(load(trainer.config.model.path), sampling)) > 5
     again = trainable(trainer.folder / "export", **FULL)
-    assert equal(again.unet.state_dict(), trainer.denoiser.unet.state_dict())
+    assert equal(again.network.state_dict(), trainer.denoiser.network.state_dict())
 
 
 @pytest.mark.parametrize("adapter", ["lora", "full"])

@@ -15,8 +15,9 @@ from fastloop import kernels
 from fastloop.config import ModelConfig, SamplingConfig
 from fastloop.denoisers import load_denoiser
 from fastloop.errors import UserError
-from fastloop.memory import LiveBytes, Traced, update_loss
-from fastloop.plan import check, memory, plan
+from fastloop.memory.traces import LiveBytes, Traced, update_loss
+from fastloop.plan import plan, planned_memory
+from fastloop.preflight import preflight
 from fastloop.tracking import read_rows
 from fastloop.trainer import Trainer
 
@@ -95,12 +96,12 @@ def test_the_gradient_is_that_of_the_loss_by_finite_differences(path):
 
     def loss() -> torch.Tensor:
         cond, uncond = denoiser.encode(["a cat", "a dog"], SamplingConfig(guidance_scale=3.0, negative_prompt="a bee"))
-        arguments = denoiser.unet_arguments(cond, uncond)
+        arguments = denoiser.network_arguments(cond, uncond)
         arguments = {
             name: value.double() if isinstance(value, torch.Tensor) else {k: v.double() for k, v in value.items()}
             for name, value in arguments.items()
         }
-        return denoiser.unet(x.double().repeat(2, 1, 1, 1), t.repeat(2), **arguments).sample.square().sum()
+        return denoiser.network(x.double().repeat(2, 1, 1, 1), t.repeat(2), **arguments).sample.square().sum()
 
     parameters = [p for name, p in denoiser.trainable().items() if name.startswith("text_encoder")]
     assert all(p.dtype == torch.float64 for p in parameters)
@@ -175,10 +176,10 @@ def test_the_plan_counts_adapters_and_what_the_text_encoders_keep_for_the_backwa
     base = load_denoiser(config.model, CPU)
     for name, encoder in base.text_encoders.items():
         assert [*name.split("_"), f"{sum(p.numel() for p in encoder.parameters()):,}"] in rows
-    assert memory(config).phases["update"] > memory(plain).phases["update"]
+    assert planned_memory(config).phases["update"] > planned_memory(plain).phases["update"]
     with LiveBytes() as live:
         update_loss(denoiser, config, kernels.reference, 3).backward()
-    traced = Traced(config, check(config).skeleton, accumulates=False, on_gpu=False)
+    traced = Traced(config, preflight(config).skeleton, accumulates=False, on_gpu=False)
     assert traced.update.peak(3) == pytest.approx(live.peak, rel=0.05)
 
 
@@ -188,8 +189,8 @@ def test_text_encoders_that_train_stay_on_the_device(make_config, path):
     denoiser.device = torch.device("meta")
     denoiser.offload_frozen()
     assert denoiser._resting == (denoiser.vae,)
-    on_gpu = memory(config, gpu=True)
-    checked = check(config, gpu=True)
+    on_gpu = planned_memory(config, gpu=True)
+    checked = preflight(config, gpu=True)
     assert "text encoders" in on_gpu.parts and checked.skeleton.trains_text
 
 

@@ -56,7 +56,7 @@ def test_a_profile_has_the_phases_of_the_second_iteration_in_which_no_step_waits
 
 def test_a_value_that_is_read_in_an_inner_loop_is_counted_and_named(profiled):
     def spoil(trainer):
-        trainer.denoiser.unet.register_forward_pre_hook(lambda unet, args: None if args[0].mean().item() < 1e9 else args)
+        trainer.denoiser.network.register_forward_pre_hook(lambda unet, args: None if args[0].mean().item() < 1e9 else args)
 
     lines, _ = profiled(spoil)
     assert lines[0] == "host waits for the device, rollout: 4 in the first 4 UNet forwards: aten::_local_scalar_dense 4"

@@ -37,7 +37,7 @@ from fastloop.errors import RunFailed
 from fastloop.prompts import ANIMALS
 from fastloop.recipes import dump_config, load_config, parse_config
 from fastloop.report import write_report
-from fastloop.rewards import Scores
+from fastloop.rewards.scoring import Scores
 from fastloop.stopping import Stopped
 from fastloop.tracking import read_rows
 from fastloop.trainer import Trainer
@@ -260,7 +260,7 @@ def test_the_weight_of_the_last_steps_falls_on_the_last_trained_ones(make_traine
 def brute_force(trainer: Trainer, trajectories, advantages, at: Weights, initial: Weights) -> tuple[Weights, torch.Tensor]:
     """The gradient of the formulas in docs/method.md over all pairs, in float64 at once; and the ratios."""
     config, table = trainer.config, trainer.table
-    unet = copy.deepcopy(trainer.denoiser.unet).double()
+    unet = copy.deepcopy(trainer.denoiser.network).double()
     own = {name: p for name, p in unet.named_parameters() if p.requires_grad}
     i = torch.arange(len(trajectories.prompts)).repeat_interleave(len(table))
     step = torch.arange(len(table)).repeat(len(trajectories.prompts))
@@ -411,7 +411,7 @@ def test_the_engine_accumulates_clips_steps_and_clears(make_config):
     w = torch.nn.Parameter(torch.ones(4))
     # with eps = 1 a first step of AdamW is lr g / (g + 1)
     config = make_config(optimizer={"lr": 0.1, "eps": 1.0, "weight_decay": 0.0, "max_grad_norm": 0.5})
-    engine = TorchEngine(torch.nn.Identity(), {"w": w}, config, torch.device("cpu"))
+    engine = TorchEngine({"w": w}, config, torch.device("cpu"))
     engine.backward(w.sum(), last=False)
     engine.backward(2 * w.sum(), last=True)
     assert engine.step() == pytest.approx(6.0)  # before clipping, which leaves 0.25 in each of the four
@@ -511,7 +511,7 @@ def test_half_precision_trains_float32_weights_close_to_full_precision(train, fp
     (row,) = metrics(trainer)
     assert all(math.isfinite(value) for value in row.values())
     assert {p.dtype for p in trainer.parameters.values()} == {torch.float32}
-    assert trainer.denoiser.unet.conv_in.weight.dtype == {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
+    assert trainer.denoiser.network.conv_in.weight.dtype == {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
     assert row["policy/replay_max_dev"] == 0.0
     assert row["reward/mean"] == pytest.approx(fp32_row["reward/mean"], abs=0.01)
     assert row["policy/grad_norm"] == pytest.approx(fp32_row["policy/grad_norm"], rel=0.5)  # the loss scale is taken out

@@ -1,86 +1,25 @@
-"""One adapter per model family. It knows its checkpoint format, its conditioning and its export, nothing of RL."""
+"""One adapter per model family. It knows its checkpoint format, its conditioning and its export, nothing of RL.
+
+A family is a subclass of `Denoiser` in a file of its own, and a line in ``FAMILIES``. What it declares is in
+docs/architecture.md.
+"""
 
 from __future__ import annotations
 
-import importlib.util
-import json
-from collections.abc import Callable
-from pathlib import Path
+import importlib
 
 import torch
 
-from fastloop.config import ModelConfig
+from fastloop import kernels
+from fastloop.config import Config, ModelConfig
+from fastloop.denoisers.files import model_source, read_json, refuse_own_code
 from fastloop.errors import UserError
 from fastloop.machine import xformers_problem
 
-ASSETS = Path(__file__).resolve().parent.parent / "assets"
-ARCHITECTURES = ASSETS / "architectures"  # published configs, without weights
 FAMILIES = {  # the class of a pipeline: the module and the class of its adapter
-    "StableDiffusionPipeline": ("sd", "StableDiffusion"),
-    "StableDiffusionXLPipeline": ("sdxl", "StableDiffusionXL"),
+    "StableDiffusionPipeline": ("fastloop.denoisers.sd", "StableDiffusion"),
+    "StableDiffusionXLPipeline": ("fastloop.denoisers.sdxl", "StableDiffusionXL"),
 }
-
-
-def source(config: ModelConfig) -> str:
-    """Where a model's configs are, and its weights unless they are random: a folder or a hub id. Raises as `resolve_path`."""
-    return str(ARCHITECTURES / config.random_init) if config.random_init else resolve_path(config.path)
-
-
-def resolve_path(path: str) -> str:
-    """A model path as diffusers takes it: ``assets:NAME``, a folder with model_index.json, or a hub id.
-
-    Raises:
-        UserError: the asset or the folder does not exist, or is no diffusers pipeline.
-    """
-    if path.startswith("assets:"):
-        name = path.removeprefix("assets:")
-        known = sorted(p.parent.name for p in ASSETS.glob("*/model_index.json"))
-        if name not in known:
-            raise UserError(f"model.path: no bundled model {name!r}: one of {', '.join(f'assets:{k}' for k in known)}")
-        return str(ASSETS / name)
-    folder = Path(path).expanduser()
-    try:
-        found, beside = folder.is_dir(), folder.parent.is_dir()
-    except (OSError, ValueError) as error:
-        raise UserError(f"model.path: {getattr(error, 'strerror', None) or error}: {path[:80]!r}") from None
-    if found:
-        if not (folder / "model_index.json").exists():
-            raise UserError(f"model.path: {path} has no model_index.json: give the folder of a diffusers pipeline")
-        return str(folder)
-    if path.startswith(("/", ".", "~")) or path.count("/") != 1 or beside:
-        raise UserError(f"model.path: no folder {path}: give a diffusers folder, a hub id OWNER/NAME, or assets:shapes")
-    return path
-
-
-def read_json(path: str, config: ModelConfig, name: str, subfolder: str | None = None) -> dict:
-    """One small JSON file of a pipeline, from its folder or the hub; loads no weights.
-
-    Raises:
-        UserError: the file cannot be found, fetched or read.
-    """
-    where = f"{subfolder}/{name}" if subfolder else name
-    try:
-        file = Path(path) / where
-        if not Path(path).is_dir():
-            from huggingface_hub import hf_hub_download
-
-            file = Path(hf_hub_download(path, name, subfolder=subfolder, revision=config.revision))
-        values = json.loads(file.read_text())
-        if not isinstance(values, dict):
-            raise ValueError("it holds no JSON object")
-        return values
-    except Exception as error:  # the hub's client raises many kinds
-        reason = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
-        raise UserError(f"model.path: cannot read {where} of {path}: {reason.splitlines()[0]}") from None
-
-
-def build_part(name: str, path: str, make: Callable[[dict], torch.nn.Module], values: dict) -> torch.nn.Module:
-    """A part of a pipeline from its config. Raises ``UserError`` where the library cannot make it from these values."""
-    try:
-        return make(values)
-    except Exception as error:  # diffusers and transformers raise many kinds
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"model.path: cannot build the {name} of {path} from its config.json: {first}") from None
 
 
 def family(path: str, config: ModelConfig):
@@ -95,36 +34,41 @@ def family(path: str, config: ModelConfig):
     name = index.get("_class_name")
     if not isinstance(name, str) or name not in FAMILIES:
         raise UserError(f"model.path: {path} is a {name}: supported are {', '.join(FAMILIES)}")
-    _refuse_own_code(path, index)
+    refuse_own_code(path, index)
     module, adapter = FAMILIES[name]
-    return getattr(importlib.import_module(f"fastloop.denoisers.{module}"), adapter)
-
-
-def _refuse_own_code(path: str, index: dict) -> None:
-    """Raises ``UserError`` where a part of a pipeline is of a class that is not of diffusers or transformers.
-
-    Its code would stand beside the weights, or be any module that Python finds. It is never run here, and stock diffusers,
-    which writes and reads a full fine-tune, does not load such a part either.
-    """
-    for part, named in index.items():
-        if part.startswith("_") or not isinstance(named, list) or named == [None, None]:
-            continue
-        library = named[0] if len(named) == 2 and all(isinstance(name, str) for name in named) else None
-        own = library and library.isidentifier() and importlib.util.find_spec(f"diffusers.pipelines.{library}")
-        if library not in ("diffusers", "transformers") and not own:
-            raise UserError(
-                f"model.path: model_index.json of {path} takes its {part} from {named}, which is no class of diffusers or "
-                "transformers: code that comes with a model is not run; name a class of theirs there, or choose another model"
-            )
+    return getattr(importlib.import_module(module), adapter)
 
 
 def load_denoiser(config: ModelConfig, device: torch.device):
     """The adapter of a model, its weights on a device. Raises ``UserError`` for anything that is not there."""
-    path = source(config)
+    path = model_source(config)
     return family(path, config).load(path, config, device)
+
+
+def ready_denoiser(config: Config, device: torch.device, adapter: bool = True, trained: bool = False):
+    """Loads a model and makes it ready, always in this order: weights, residence, adapter, fused kernels, the KL's reference.
+
+    Trained weights, an engine and compilation come after it.
+
+    Args:
+        adapter: whether it has what ``model.adapter`` adds; without, it is the base model. trained: whether it will be
+            trained, so that gradients may be checkpointed and a KL has its reference.
+
+    Raises:
+        UserError: as `load_denoiser`, and for an adapter or blocks that do not fit the model.
+    """
+    denoiser = load_denoiser(config.model, device)
+    if config.memory.offload_frozen:
+        denoiser.offload_frozen()
+    if adapter:
+        denoiser.train_adapter(config.memory.gradient_checkpointing if trained else False, seed=config.seed)
+    kernels.fuse(denoiser.network, config.kernels, device)
+    if trained and config.kl.weight:
+        denoiser.keep_reference()
+    return denoiser
 
 
 def build_skeleton(config: ModelConfig):
     """The adapter without weights, on the meta device, for planning and checks; raises as ``load_denoiser`` does."""
-    path = source(config)
+    path = model_source(config)
     return family(path, config).skeleton(path, config)

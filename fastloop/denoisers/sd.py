@@ -9,10 +9,11 @@ from diffusers import StableDiffusionPipeline
 from transformers import CLIPTextModel
 
 from fastloop.config import SamplingConfig
-from fastloop.denoisers.base import DTYPES, Denoiser, refuse_misfits
+from fastloop.denoisers.parts import DTYPES
+from fastloop.denoisers.unet import UNetDenoiser, refuse_misfits
 
 
-class StableDiffusion(Denoiser):
+class StableDiffusion(UNetDenoiser):
     """One text encoder, whose last hidden states are the whole conditioning: (n, L, C)."""
 
     pipeline_class = StableDiffusionPipeline
@@ -20,11 +21,11 @@ class StableDiffusion(Denoiser):
     absent = {**dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder")), "requires_safety_checker": False}
 
     @classmethod
-    def check_fit(cls, path, text_configs, vae, unet) -> None:
+    def check_fit(cls, path, text_configs, vae, network) -> None:
         refuse_misfits(
             path,
-            ("text encoder", text_configs["text_encoder"].hidden_size, unet.cross_attention_dim, "cross_attention_dim"),
-            ("VAE", vae.latent_channels, unet.in_channels, "in_channels"),
+            ("text encoder", text_configs["text_encoder"].hidden_size, network.cross_attention_dim, "cross_attention_dim"),
+            ("VAE", vae.latent_channels, network.in_channels, "in_channels"),
         )
 
     def embed(self, ids: list[torch.Tensor]) -> tuple[torch.Tensor]:
@@ -38,6 +39,6 @@ class StableDiffusion(Denoiser):
     def condition(self, embeddings: list[tuple[torch.Tensor]], sampling: SamplingConfig) -> torch.Tensor:
         return torch.stack([hidden for (hidden,) in embeddings])
 
-    def unet_arguments(self, cond: torch.Tensor, uncond: torch.Tensor | None) -> dict[str, Any]:
+    def network_arguments(self, cond: torch.Tensor, uncond: torch.Tensor | None) -> dict[str, Any]:
         text = cond if uncond is None else torch.cat([uncond, cond])
         return {"encoder_hidden_states": text.to(DTYPES[self.config.dtype])}

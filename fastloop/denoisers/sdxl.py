@@ -10,8 +10,10 @@ from diffusers import StableDiffusionXLPipeline
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from fastloop.config import SamplingConfig
-from fastloop.denoisers import read_json
-from fastloop.denoisers.base import DTYPES, Denoiser, refuse_misfits, upload
+from fastloop.denoisers.files import read_json
+from fastloop.denoisers.parts import DTYPES
+from fastloop.denoisers.residence import upload
+from fastloop.denoisers.unet import UNetDenoiser, refuse_misfits
 from fastloop.errors import UserError
 
 TIME_IDS = 6  # original height and width, crop from the top and the left, target height and width
@@ -35,7 +37,7 @@ class Conditioning:
         return Conditioning(self.text[rows], self.pooled[rows], self.time_ids[rows])
 
 
-class StableDiffusionXL(Denoiser):
+class StableDiffusionXL(UNetDenoiser):
     """Two text encoders, and sizes as a condition (arXiv 2307.01952, section 2.2)."""
 
     pipeline_class = StableDiffusionXLPipeline
@@ -45,23 +47,28 @@ class StableDiffusionXL(Denoiser):
     sizes_condition = True
 
     @classmethod
-    def check_fit(cls, path, text_configs, vae, unet) -> None:
-        if unet.addition_embed_type != "text_time":
+    def check_fit(cls, path, text_configs, vae, network) -> None:
+        if network.addition_embed_type != "text_time":
             raise UserError(
-                f"model.path: the UNet of {path} has addition_embed_type={unet.addition_embed_type}: SDXL's has text_time"
+                f"model.path: the UNet of {path} has addition_embed_type={network.addition_embed_type}: SDXL's has text_time"
             )
         first, second = text_configs.values()
-        pooled = TIME_IDS * unet.addition_time_embed_dim + second.projection_dim
+        pooled = TIME_IDS * network.addition_time_embed_dim + second.projection_dim
         refuse_misfits(
             path,
-            ("pair of text encoders", first.hidden_size + second.hidden_size, unet.cross_attention_dim, "cross_attention_dim"),
+            (
+                "pair of text encoders",
+                first.hidden_size + second.hidden_size,
+                network.cross_attention_dim,
+                "cross_attention_dim",
+            ),
             (
                 "second text encoder, with six sizes,",
                 pooled,
-                unet.projection_class_embeddings_input_dim,
+                network.projection_class_embeddings_input_dim,
                 "projection_class_embeddings_input_dim",
             ),
-            ("VAE", vae.latent_channels, unet.in_channels, "in_channels"),
+            ("VAE", vae.latent_channels, network.in_channels, "in_channels"),
         )
 
     @property
@@ -94,7 +101,7 @@ class StableDiffusionXL(Denoiser):
         ids = upload(torch.tensor(sizes, dtype=torch.float32), self.device)
         return Conditioning(torch.stack(texts), torch.stack(pooled), ids.repeat(len(texts), 1))
 
-    def unet_arguments(self, cond: Conditioning, uncond: Conditioning | None) -> dict[str, Any]:
+    def network_arguments(self, cond: Conditioning, uncond: Conditioning | None) -> dict[str, Any]:
         both = [cond] if uncond is None else [uncond, cond]
         dtype = DTYPES[self.config.dtype]
         return {

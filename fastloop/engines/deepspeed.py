@@ -124,22 +124,26 @@ def _merge(own: dict[str, Any], derived: dict[str, Any], where: str, prefix: str
 
 
 class _Together(torch.nn.Module):
-    """Trained parts as the one module that DeepSpeed takes. Its forward is the UNet's; the others are called by themselves."""
+    """Trained parts as the one module that DeepSpeed takes.
+
+    Its forward is that of the first, the network; the others are called by themselves.
+    """
 
     def __init__(self, parts: dict[str, torch.nn.Module]) -> None:
         super().__init__()
         for name, part in parts.items():
             self.add_module(name, part)
+        self._first = next(iter(parts))
 
     def forward(self, *args, **kwargs):
-        return self.unet(*args, **kwargs)
+        return getattr(self, self._first)(*args, **kwargs)
 
 
 class DeepSpeedEngine:
     """What `TorchEngine` is, over ranks: gradients are summed over all of them, and ZeRO shares out what they hold.
 
-    ``parts`` are those with trained weights, by name; ZeRO 3 is for the UNet alone. They are cast to ``model.dtype``; with
-    bf16 and fp16 the optimizer steps float32 master weights.
+    ``parts`` are those with trained weights, by name, the network first; ZeRO 3 is for the network alone. They are cast to
+    ``model.dtype``; with bf16 and fp16 the optimizer steps float32 master weights.
 
     Raises:
         RunFailed: DeepSpeed refuses the configuration.
@@ -165,20 +169,20 @@ class DeepSpeedEngine:
                 address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo", init_method=address, rank=0, world_size=1)
             os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed looks for it
-        unet = parts["unet"]
-        self.unet, self.parameters, self.ranks = unet, parameters, ranks
+        self.network = network = next(iter(parts.values()))
+        self.parameters, self.ranks = parameters, ranks
         self.stage, self.dtype = config.engine.zero_stage, config.model.dtype
         self.max_grad_norm = config.optimizer.max_grad_norm
         start = {name: p.detach().cpu().clone() for name, p in parameters.items()} if self._has_masters else {}
         settings = deepspeed_settings(batches, sum(p.numel() for p in parameters.values()))
         if self._clips_itself:
             settings["gradient_clipping"] = 0.0
-        for p in unet.parameters():  # it broadcasts and flattens weights as if they were contiguous
+        for p in network.parameters():  # it broadcasts and flattens weights as if they were contiguous
             if p.dim() == 4:  # a clone: .contiguous() leaves the strides of a 1 x 1 convolution as they are
                 p.data = p.data.clone(memory_format=torch.contiguous_format)
         try:
             self.model, *_ = deepspeed.initialize(
-                model=unet if len(parts) == 1 else _Together(parts),
+                model=network if len(parts) == 1 else _Together(parts),
                 optimizer=build_optimizer(config.optimizer, list(parameters.values())),
                 config=settings,
                 dist_init_required=False,
@@ -187,8 +191,9 @@ class DeepSpeedEngine:
             raise RunFailed(f"DeepSpeed: {' '.join(str(error).split())[:300]}") from error
         if device.type == "cpu":
             self._unlink_shared_memory()
+        self.forward = self.model  # whose weights are all in the dtype that it computes in
         if self.stage < 3:
-            for p in unet.parameters():
+            for p in network.parameters():
                 if p.dim() == 4 and not p.requires_grad:
                     p.data = p.data.clone(memory_format=torch.channels_last)
         for name, value in start.items():  # it made them from the rounded weights
@@ -223,15 +228,15 @@ class DeepSpeedEngine:
 
     @contextmanager
     def whole(self, parameters: list[torch.nn.Parameter] | None = None) -> Iterator[None]:
-        """Within it the given parameters, or all, are whole on every rank, and the UNet computes without ZeRO's hooks."""
+        """Within it the given parameters, or all, are whole on every rank, and the network computes without ZeRO's hooks."""
         if self.stage < 3:
             yield
             return
         import deepspeed
 
-        modules = list(self.unet.modules())
+        modules = list(self.network.modules())
         hooks = [(module._forward_pre_hooks, module._forward_hooks) for module in modules]
-        with deepspeed.zero.GatheredParameters(list(self.unet.parameters()) if parameters is None else parameters):
+        with deepspeed.zero.GatheredParameters(list(self.network.parameters()) if parameters is None else parameters):
             for module in modules:
                 module._forward_pre_hooks, module._forward_hooks = OrderedDict(), OrderedDict()
             try:

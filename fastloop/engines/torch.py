@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,13 +32,16 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
 class TorchEngine:
     """Gradient accumulation, clipping and the optimizer step; loss scaling where the model runs in fp16.
 
-    What an engine is; `DeepSpeedEngine` is the other one. ``model`` is what computes the UNet's forward.
+    What an engine is; `DeepSpeedEngine` is the other one.
+
+    Attributes:
+        forward: how the network's forward is called; ``None``: as the denoiser does it by itself.
     """
 
-    def __init__(
-        self, model: torch.nn.Module, parameters: dict[str, torch.nn.Parameter], config: Config, device: torch.device
-    ) -> None:
-        self.model, self.parameters = model, parameters
+    forward: Callable[..., Any] | None = None
+
+    def __init__(self, parameters: dict[str, torch.nn.Parameter], config: Config, device: torch.device) -> None:
+        self.parameters = parameters
         self.max_grad_norm = config.optimizer.max_grad_norm
         self.optimizer = build_optimizer(config.optimizer, list(parameters.values()))
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.model.dtype == "fp16")

@@ -20,7 +20,7 @@ from PIL import Image
 
 from fastloop.errors import RewardTimedOut, RunFailed, UserError, described, one_line
 from fastloop.prompts import Prompt
-from fastloop.rewards import Rewards
+from fastloop.rewards.scoring import Rewards
 
 MAX_IMAGES = 256  # in one request
 MAX_PIXELS = 4096 * 4096  # of one picture

@@ -11,7 +11,7 @@ if not torch.cuda.is_available():
 
 
 from fastloop.batches import micro_batches, shuffled
-from fastloop.plan import memory
+from fastloop.plan import planned_memory
 from fastloop.rollout import Texts, rollout
 from fastloop.trainer import Trainer
 
@@ -85,7 +85,7 @@ def test_the_planned_peak_is_within_15_percent_of_the_allocators(make_config, mo
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     trainer.train()
-    assert memory(config).peak == pytest.approx(torch.cuda.max_memory_allocated(), rel=0.15)
+    assert planned_memory(config).peak == pytest.approx(torch.cuda.max_memory_allocated(), rel=0.15)
 
 
 def test_text_encoders_and_vae_rest_in_pinned_memory(make_config):

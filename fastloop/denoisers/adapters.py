@@ -1,0 +1,119 @@
+"""What of a model is trained: LoRA or all weights; checkpointed blocks; and the model before training, for the KL."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from peft import LoraConfig
+
+from fastloop.errors import UserError
+from fastloop.optimizers import holding
+
+ADAPTER = "default"
+TEXT_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]  # of CLIP's attention
+
+
+class Adapters:
+    """The part of a `Denoiser` that says what is trained."""
+
+    _reference: dict[str, torch.Tensor] | None = None
+
+    @property
+    def trains_text(self) -> bool:
+        """Whether embeddings change with training, and updates reach the text encoders through them."""
+        return self.config.adapter == "lora" and self.config.lora.text_encoders
+
+    @property
+    def trained_parts(self) -> dict[str, torch.nn.Module]:
+        """Those of `parts` that have trained weights."""
+        return {self.network_name: self.network, **(self.text_encoders if self.trains_text else {})}
+
+    def trainable(self) -> dict[str, torch.nn.Parameter]:
+        """By name; those of a text encoder begin with the name of their part."""
+        named = [
+            (name if part == self.network_name else f"{part}.{name}", p)
+            for part, module in self.trained_parts.items()
+            for name, p in module.named_parameters()
+        ]
+        return {name: p for name, p in named if p.requires_grad}
+
+    def train_adapter(self, gradient_checkpointing: bool | list[str], seed: int) -> None:
+        """Makes trainable what the configuration says, and sets the attention backend.
+
+        Raises:
+            UserError: LoRA targets, or blocks to checkpoint, that the network does not have.
+        """
+        self.set_attention(self.config.attention)
+        if self.config.adapter == "lora":
+            torch.manual_seed(seed)
+            self._add_lora(self.network_name, self.config.lora.target_modules)
+            for name in self.text_encoders if self.trains_text else ():
+                self._add_lora(name, TEXT_TARGETS)
+        else:
+            # a full fine-tune keeps float32 weights; the forward runs in `model.dtype` under autocast
+            self.network.float().requires_grad_(True)
+        if gradient_checkpointing:
+            self.network.enable_gradient_checkpointing()
+        if isinstance(gradient_checkpointing, list):
+            self._checkpoint_only(gradient_checkpointing)
+
+    def _add_lora(self, part: str, targets: list[str]) -> None:
+        """Puts fresh float32 adapters on a part. Raises ``UserError`` where no module has one of the names."""
+        model, lora, what = self.parts[part], self.config.lora, part.replace("unet", "UNet").replace("_", " ")
+        modules = [f".{name}" for name, _ in model.named_modules()]
+        for target in targets:  # peft only wants one of them to be there
+            if not any(module.endswith(f".{target}") for module in modules):
+                raise UserError(
+                    f"model.lora.target_modules: the {what} has no module {target!r}: name modules by their ending"
+                )
+        try:
+            model.add_adapter(
+                LoraConfig(
+                    r=lora.rank,
+                    lora_alpha=lora.alpha or lora.rank,
+                    target_modules=targets,
+                    exclude_modules=self.idle_modules(part),
+                    init_lora_weights="gaussian",
+                ),
+                adapter_name=ADAPTER,
+            )
+        except ValueError as error:
+            raise UserError(f"model.lora.target_modules: {str(error).splitlines()[0]}") from None
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+
+    def _checkpoint_only(self, chosen: list[str]) -> None:
+        """Leaves gradient checkpointing on in the blocks named, and in what is inside them."""
+        blocks = {name: m for name, m in self.network.named_modules() if name and hasattr(m, "gradient_checkpointing")}
+        for name in chosen:
+            if not any(f"{block}.".startswith(f"{name}.") for block in blocks):
+                outer = [block for block in blocks if block.count(".") <= 1]
+                raise UserError(
+                    f"memory.gradient_checkpointing: the UNet has no block {name!r}: its blocks are {', '.join(outer)}"
+                )
+        for block, module in blocks.items():
+            module.gradient_checkpointing = any(f"{block}.".startswith(f"{name}.") for name in chosen)
+
+    def keep_reference(self) -> None:
+        """Freezes a copy of the weights for the KL; LoRA needs none, its adapter is switched off."""
+        if self.config.adapter == "full":
+            self._reference = {name: p.detach().clone() for name, p in self.network.named_parameters()}
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        """Within it `predict` gives the outputs of the model before training, and `encode` its embeddings."""
+        if self.config.adapter == "lora":
+            for part in self.trained_parts.values():
+                part.disable_adapters()
+            try:
+                yield
+            finally:
+                for part in self.trained_parts.values():
+                    part.enable_adapters()
+            return
+        parameters = dict(self.network.named_parameters())
+        with holding(parameters, {name: self._reference[name].to(p.dtype) for name, p in parameters.items()}):
+            yield

@@ -1,0 +1,85 @@
+"""The parts of a model: read from safetensors, made with random weights from a published config, or without weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from transformers import CLIPTextConfig, CLIPTokenizer
+
+from fastloop.config import ModelConfig
+from fastloop.denoisers.files import ASSETS, read_json
+from fastloop.errors import UserError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def build_part(name: str, path: str, make: Callable[[dict], torch.nn.Module], values: dict) -> torch.nn.Module:
+    """A part of a pipeline from its config. Raises ``UserError`` where the library cannot make it from these values."""
+    try:
+        return make(values)
+    except Exception as error:  # diffusers and transformers raise many kinds
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"model.path: cannot build the {name} of {path} from its config.json: {first}") from None
+
+
+def maker(kind: type):
+    """Makes a part from the values of its config.json."""
+    return kind.from_config if hasattr(kind, "from_config") else lambda values: kind(CLIPTextConfig(**values))
+
+
+def read_part(name: str, kind: type, path: str, config: ModelConfig, dtype: torch.dtype, _: torch.device) -> torch.nn.Module:
+    key = "torch_dtype" if hasattr(kind, "from_config") else "dtype"  # diffusers, transformers
+    weights = {"use_safetensors": True, "variant": config.variant, "output_loading_info": True, key: dtype}
+    with _refusing(name, path, config):
+        part, info = kind.from_pretrained(path, subfolder=name, revision=config.revision, **weights)
+        if missing := sorted(info["missing_keys"]):  # the libraries would leave these weights random or empty
+            raise ValueError(f"its file lacks {missing[0]}" + (f" and {len(missing) - 1} more" if missing[1:] else ""))
+    return part
+
+
+def random_part(
+    name: str, kind: type, path: str, config: ModelConfig, dtype: torch.dtype, device: torch.device
+) -> torch.nn.Module:
+    """Made on its device from its config, with the libraries' initial weights from seed 0: the same in every process."""
+    values = read_json(path, config, "config.json", name)
+    before = torch.get_default_dtype()
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), device:
+        torch.manual_seed(0)
+        torch.set_default_dtype(dtype)
+        try:
+            return build_part(name, path, maker(kind), values)
+        finally:
+            torch.set_default_dtype(before)
+
+
+def read_tokenizer(encoder: str, path: str, config: ModelConfig, text_config: CLIPTextConfig) -> CLIPTokenizer:
+    """The tokenizer of a text encoder. Beside random weights it is the bundled model's, at the length of the real one."""
+    name = encoder.replace("text_encoder", "tokenizer")
+    if config.random_init:
+        tokenizer = CLIPTokenizer.from_pretrained(ASSETS / "shapes" / "tokenizer")
+        tokenizer.model_max_length = text_config.max_position_embeddings
+        return tokenizer
+    with _refusing(name, path, config):
+        tokenizer = CLIPTokenizer.from_pretrained(path, subfolder=name, revision=config.revision)
+    if not 3 <= len(tokenizer) <= text_config.vocab_size:  # without its files transformers makes an empty one
+        raise UserError(
+            f"model.path: the {name} of {path} has {len(tokenizer)} words and its text encoder {text_config.vocab_size}: "
+            f"are all files of the folder {name} there?"
+        )
+    tokenizer.model_max_length = min(tokenizer.model_max_length, text_config.max_position_embeddings)
+    return tokenizer
+
+
+@contextmanager
+def _refusing(name: str, path: str, config: ModelConfig) -> Iterator[None]:
+    """Makes one line of whatever the libraries raise when they load a part."""
+    try:
+        yield
+    except Exception as error:  # diffusers and transformers raise many kinds
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"model.path: cannot load the {name} of {path} (safetensors only"
+            f"{'' if config.variant is None else f', variant {config.variant}'}): {first}"
+        ) from None

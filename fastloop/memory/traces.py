@@ -1,0 +1,235 @@
+"""What the phases of an iteration have alive: their operators run on fake tensors, and the storages are added up."""
+
+from __future__ import annotations
+
+import importlib.util
+import weakref
+from collections.abc import Callable, Iterable
+from types import ModuleType
+
+import numpy as np
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from fastloop import kernels
+from fastloop.config import Config
+from fastloop.denoisers.base import Denoiser
+from fastloop.denoisers.parts import DTYPES
+from fastloop.kernels.reference import MicroBatch
+from fastloop.losses import micro_batch_loss
+
+TRACED = (2, 3)  # the batches to trace where any may be asked for
+
+
+class LiveBytes(TorchDispatchMode):
+    """Within it, the bytes of the storages that operators make, as long as they live.
+
+    Attributes:
+        now, peak: bytes. history: ``now`` after each change.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.history: list[int] = [0]
+        self._known: dict[int, weakref.ref] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count(tree_leaves((args, kwargs)), here=False)
+        output = func(*args, **(kwargs or {}))
+        self.count(tree_leaves(output))
+        return output
+
+    def count(self, tensors: Iterable, here: bool = True) -> None:
+        """Counts the storages of these tensors from now on, as far as they are new; those made elsewhere as nothing."""
+        for tensor in tensors:
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                if id(storage) not in self._known:
+                    size = storage.nbytes() if here else 0
+                    self._known[id(storage)] = weakref.ref(storage, self._forget(id(storage), size))
+                    self._change(size)
+
+    def _forget(self, key: int, size: int) -> Callable[[weakref.ref], None]:
+        def gone(_: weakref.ref) -> None:
+            del self._known[key]
+            self._change(-size)
+
+        return gone
+
+    def _change(self, size: int) -> None:
+        if not size:
+            return
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        self.history.append(self.now)
+
+
+class Phase:
+    """Bytes that a phase of an iteration has alive, of a batch of b, while ``compute(b)`` runs on fake tensors.
+
+    A trace takes seconds for a large model. So the first two batches asked for are traced, and any other follows from them:
+    the operators are the same at any batch, and a line goes through each moment.
+    """
+
+    def __init__(self, compute: Callable[[int], None], fake: FakeTensorMode) -> None:
+        self._compute, self._fake = compute, fake
+        self._histories: dict[int, np.ndarray] = {}  # by batch: bytes after each change, float64
+
+    def trace(self, *batches: int) -> Phase:
+        """Makes these the batches that are traced, unless others are already."""
+        for batch in batches[: 2 - len(self._histories)]:
+            with self._fake, LiveBytes() as live:
+                self._compute(batch)
+            self._histories[batch] = np.array(live.history, np.float64)
+        return self
+
+    def peak(self, batch: int) -> int:
+        """Bytes at most."""
+        if batch not in self._histories:
+            self.trace(batch)
+        if batch in self._histories:
+            return int(self._histories[batch].max())
+        (few, before), (many, after) = self._histories.items()
+        if len(before) != len(after):  # else: only that the peak grows with the batch
+            before, after = (history.max(keepdims=True) for history in (before, after))
+        return max(0, int((before + (batch - few) / (many - few) * (after - before)).max()))
+
+    def largest(self, budget: float, cap: int) -> int:
+        """The largest batch up to ``cap`` that stays within a budget of bytes; 0 where not even one does."""
+        return max((batch for batch in range(1, cap + 1) if self.peak(batch) <= budget), default=0)
+
+
+class Traced:
+    """The phases of an iteration of a configuration, traced on the skeleton, which then holds fake tensors.
+
+    Args:
+        accumulates: whether updates have more than one micro-batch, so that gradients are there when one begins.
+        on_gpu: whether to trace what a GPU runs, be there one or not.
+    """
+
+    def __init__(self, config: Config, skeleton: Denoiser, accumulates: bool, on_gpu: bool) -> None:
+        self.config, self.denoiser = config, skeleton
+        self.shape = skeleton.latent_shape(config.sampling.height, config.sampling.width)
+        self.size = skeleton.image_size(config.sampling)
+        fused = importlib.util.find_spec("triton") is not None and on_gpu
+        backend = config.kernels if config.kernels != "auto" else "triton" if fused else "reference"
+        if backend == "triton":
+            from fastloop.kernels import fused as ops
+            from fastloop.kernels.unet import fuse_unet
+
+            fuse_unet(skeleton.network)
+        else:
+            ops = kernels.reference
+        self.ops = ops
+        if on_gpu and config.model.dtype != "fp32" and config.engine.name == "torch":
+            _upcast_norms(skeleton.network)
+        self._engine_casts = config.engine.name == "deepspeed"
+        self._accumulates = accumulates and (config.engine.zero_stage or 0) < 2
+        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
+        with self.fake:
+            for module in skeleton.parts.values():
+                if self._engine_casts and module in skeleton.trained_parts.values():
+                    module.to(DTYPES[config.model.dtype])
+                _make_fake(module)
+            skeleton.device = torch.device("cpu")  # autocast and the choice of operators go by it
+            if self._engine_casts:
+                skeleton.forward = lambda *args, **kwargs: skeleton.network(*args, **kwargs)  # as in an engine: no autocast
+            if config.kl.weight:
+                skeleton.keep_reference()
+            if (config.engine.zero_stage or 0) > 1:  # gradients go to their ranks as they come
+                for p in skeleton.trainable().values():
+                    p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+            self.encode = self._encode()
+        self.rollout, self.decode = self._phase(self._rollout), Phase(self._decode, self.fake)
+        self.update = self.new_update()
+
+    def new_update(self) -> Phase:
+        """The forward and backward of one micro-batch, with the gradients that it leaves, and finds if not the first."""
+        return self._phase(self._update)
+
+    def _phase(self, compute: Callable[[int], None]) -> Phase:
+        phase = Phase(compute, self.fake)
+        # else a trace of 64 rows would run the text encoders 64 times
+        return phase.trace(*TRACED) if self.denoiser.trains_text else phase
+
+    def activations(self, batch: int) -> int:
+        """Bytes of an update of so many pairs at most, without the gradients."""
+        gradients = 0 if (self.config.engine.zero_stage or 0) > 1 else sum(map(size_of, self.denoiser.trainable().values()))
+        return self.update.peak(batch) - gradients
+
+    def _encode(self) -> int:
+        """Bytes at most, of one text."""
+        with torch.no_grad(), LiveBytes() as live:
+            for encoder in self.denoiser.text_encoders.values():
+                encoder(torch.zeros(1, encoder.config.max_position_embeddings, dtype=torch.int64), output_hidden_states=True)
+        return live.peak
+
+    def _rollout(self, batch: int) -> None:
+        with torch.no_grad():
+            x, t, *text = inputs(self.denoiser, self.config, batch)
+            outputs = self.denoiser.predict(x, t, *text)
+            row, w = torch.ones(batch), self.config.sampling.guidance_scale
+            self.ops.sample_transition(*outputs, x, row, row, row, w, 0, t, 0)
+
+    def _decode(self, batch: int) -> None:
+        with torch.no_grad():
+            self.denoiser.to_bytes(self.denoiser.to_pictures(torch.empty(batch, *self.shape)))
+
+    def _update(self, batch: int) -> None:
+        for p in self.denoiser.trainable().values():
+            p.grad = torch.empty_like(p) if self._accumulates else None
+        update_loss(self.denoiser, self.config, self.ops, batch).backward()
+
+
+def inputs(denoiser: Denoiser, config: Config, batch: int) -> tuple:
+    """Latents, timesteps and both conditions of a micro-batch, of the right shapes; the values are whatever was there.
+
+    Where the text encoders are trained, the conditions come out of them: of as many different prompts as there are rows.
+    """
+    blank = denoiser.blank_embedding()
+    embeddings, absent = [blank] * batch, blank
+    if denoiser.trains_text:
+        lengths = [encoder.config.max_position_embeddings for encoder in denoiser.text_encoders.values()]
+        ids = [torch.zeros(1, length, dtype=torch.int64, device=denoiser.device) for length in lengths]
+        embeddings = [denoiser.embed(ids) for _ in range(batch)]
+        zeros = denoiser.absent_is_zero and not config.sampling.negative_prompt
+        absent = blank if zeros or config.sampling.guidance_scale == 1 else denoiser.embed(ids)
+    cond = denoiser.condition(embeddings, config.sampling)
+    uncond = None if config.sampling.guidance_scale == 1 else denoiser.condition([absent] * batch, config.sampling)
+    x = torch.empty(batch, *denoiser.latent_shape(config.sampling.height, config.sampling.width), device=denoiser.device)
+    return x, torch.zeros(batch, dtype=torch.int64, device=denoiser.device), cond, uncond
+
+
+def update_loss(denoiser: Denoiser, config: Config, ops: ModuleType, batch: int) -> torch.Tensor:
+    """The loss of so many rows, as the trainer computes it, of inputs without meaning."""
+    x, t, *text = inputs(denoiser, config, batch)
+    row = torch.ones(batch, device=x.device)
+    vectors = dict.fromkeys(("a", "b", "sigma", "log_prob_old", "advantage", "weight"), row)
+    rows = MicroBatch(x_t=x, x_prev=torch.empty_like(x), **vectors, trajectory=t, step=t, timestep=t)
+    return micro_batch_loss(denoiser, ops, config, rows, *text)[1].sum()
+
+
+def size_of(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _upcast_norms(network: torch.nn.Module) -> None:
+    """What autocast does on a GPU and not on a CPU: these norms are computed in float32, and their outputs are."""
+    for module in network.modules():
+        if type(module) in (torch.nn.LayerNorm, torch.nn.GroupNorm):
+            module.float().register_forward_pre_hook(lambda _, args: (args[0].float(), *args[1:]))
+
+
+def _make_fake(module: torch.nn.Module) -> None:
+    """Gives a module fake tensors in place of its own; within the mode that makes them."""
+    for m in module.modules():
+        for name, p in m._parameters.items():
+            if p is not None:
+                fake = torch.empty_strided(p.shape, p.stride(), dtype=p.dtype)
+                m._parameters[name] = torch.nn.Parameter(fake, p.requires_grad)
+        for name, b in m._buffers.items():
+            if b is not None:
+                m._buffers[name] = torch.empty_strided(b.shape, b.stride(), dtype=b.dtype)

@@ -1,0 +1,181 @@
+"""What is refused before a run: everything that does not fit the machine, the ranks, the files or the model.
+
+Nothing here loads weights. What passes is a `Checked`: the run's parts as far as they can be made without them.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fastloop import kernels
+from fastloop.batches import Batches, trained_steps
+from fastloop.config import Config, MemoryConfig
+from fastloop.denoisers import build_skeleton
+from fastloop.denoisers.base import Denoiser
+from fastloop.engines.deepspeed import deepspeed_problem, deepspeed_settings
+from fastloop.engines.torch import pick_device
+from fastloop.errors import UserError
+from fastloop.machine import compiler_problem, flash_problem
+from fastloop.memory.choosing import Chosen, choose, free_bytes, probed_factor, with_batches
+from fastloop.memory.traces import Traced
+from fastloop.optimizers import optimizer_problem
+from fastloop.prompts import Prompt, load_prompts
+from fastloop.ranks import ALONE, Ranks
+from fastloop.recipes import load_config
+from fastloop.rewards.scoring import Rewards
+from fastloop.rollout import sampler_table
+from fastloop.tracking import tracking_packages
+from fastloop.transitions import TransitionTable
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What a configuration comes to on this machine, with these files and this model, before any weights are loaded."""
+
+    device: torch.device
+    prompts: list[Prompt]
+    eval_prompts: list[Prompt]
+    rewards: Rewards
+    eval_rewards: Rewards
+    table: TransitionTable
+    steps_trained: torch.Tensor  # int64, indices into the table
+    skeleton: Denoiser  # with what is trained, on the meta device
+    config: Config  # with numbers where it had `auto`
+    asked: MemoryConfig  # as it was given
+    chosen: Chosen | None  # those that were chosen just now, and from what
+    traced: Traced | None  # what they were chosen by; the skeleton is then its
+
+    def batches(self, ranks: int) -> Batches:
+        """The arithmetic of an iteration on so many ranks."""
+        return Batches(self.config, self.steps_trained, ranks)
+
+
+def check_device(config: Config, local_rank: int = 0) -> torch.device:
+    """The device of a run, made the current one of its kind, since Triton launches on that.
+
+    Raises:
+        UserError: this machine lacks it, or it cannot run the kernels asked for.
+    """
+    device = pick_device(config.engine.device, local_rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    try:
+        kernels.choose(config.kernels, device)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    if config.model.attention == "flash" and (problem := flash_problem(config.model.dtype, device)):
+        raise UserError(f"model.attention: {problem}; or set model.attention=sdpa")
+    if config.model.compile and (problem := _compile_problem(config, device)):
+        raise UserError(f"model.compile: {problem}; or set model.compile=false")
+    return device
+
+
+def _compile_problem(config: Config, device: torch.device) -> str | None:
+    """Why a configuration cannot have its UNet compiled, with the remedy."""
+    if config.engine.zero_stage == 3:
+        return "engine.zero_stage=3 gathers weights in hooks, which compiled code leaves out: set zero_stage=2"
+    if config.model.attention == "xformers":
+        return "xformers' operators are not compiled: set model.attention=sdpa"
+    return compiler_problem(device)
+
+
+def preflight(config: Config, ranks: Ranks = ALONE, resume: bool = False, gpu: bool = False) -> Checked:
+    """Everything that can be refused before the model loads; and the batches that are chosen by the free memory.
+
+    Args:
+        resume: whether a run may be in the folder, whose batches are then kept. gpu: as for `plan`.
+
+    Raises:
+        UserError: whatever in the configuration does not fit the machine, the ranks, the files or the model.
+    """
+    asked = config.memory
+    if ranks.world > 1 and config.engine.name == "torch":
+        raise UserError(f"engine.name: torch is for one process, the launcher started {ranks.world}: set it to deepspeed")
+    if ranks.world > 1 and ":" in config.engine.device:
+        raise UserError(f"engine.device: {config.engine.device} for {ranks.world} processes: set auto, one GPU for each")
+    device = check_device(config, ranks.local_rank)
+    if config.engine.name == "deepspeed" and (problem := deepspeed_problem(config, device)):
+        raise UserError(problem)
+    if problem := optimizer_problem(config.optimizer.name, device):
+        raise UserError(f"optimizer.name: {problem}")
+    tracking_packages(config.tracking.tensorboard, config.tracking.wandb)
+    prompts = load_prompts(config.prompts)
+    eval_prompts = load_prompts(config.eval.prompts, "eval.prompts")
+    table = sampler_table(config.model, config.sampling)
+    if config.eval.steps is not None:
+        sampler_table(config.model, config.sampling, config.eval.steps)
+    steps_trained = trained_steps(table, config)
+    skeleton = build_skeleton(config.model)
+    size = skeleton.image_size(config.sampling)
+    skeleton.train_adapter(config.memory.gradient_checkpointing, seed=config.seed)
+    texts = distinct_texts(config, prompts, eval_prompts)
+    config, chosen, traced = _settle(config, skeleton, steps_trained, texts, device, ranks, resume, gpu)
+    if config.engine.name == "deepspeed":
+        deepspeed_settings(Batches(config, steps_trained, ranks.world), 1)
+    own = config.eval.rewards
+    rewards = Rewards(config.rewards, prompts, size, normalize=True)
+    eval_key = "eval.rewards" if own else "rewards, on eval.prompts"
+    return Checked(
+        device=device,
+        prompts=prompts,
+        eval_prompts=eval_prompts,
+        rewards=rewards,
+        eval_rewards=Rewards(own or config.rewards, eval_prompts, size, eval_key, share=rewards),
+        table=table,
+        steps_trained=steps_trained,
+        skeleton=skeleton,
+        config=config,
+        asked=asked,
+        chosen=chosen,
+        traced=traced,
+    )
+
+
+def _settle(config: Config, skeleton: Denoiser, steps_trained, texts: int, device, ranks: Ranks, resume: bool, gpu: bool):
+    """The configuration with numbers for batches that are ``auto``: those of the run that is resumed, else those that fit.
+
+    Returns:
+        The configuration; and, where they were chosen now, what was `Chosen` and the trace that it was chosen by.
+    """
+    if not config.memory.automatic:
+        return config, None, None
+    folder = Path(config.output_dir).expanduser()
+    earlier = ranks.from_main(
+        lambda: load_config(folder / "config.yaml") if resume and (folder / "config.yaml").exists() else None
+    )
+    if earlier and not earlier.memory.automatic:
+        kept = {name: getattr(earlier.memory, name) for name in config.memory.automatic}
+        return config.model_copy(update={"memory": config.memory.model_copy(update=kept)}), None, None
+    on_gpu, batches = gpu or device.type == "cuda", Batches(config, steps_trained, ranks.world)
+    traced = Traced(config, skeleton, accumulates=True, on_gpu=on_gpu)
+    free = free_bytes(device, int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world)))
+    chosen = choose(batches, traced, texts, ranks, on_gpu, free)
+    return with_batches(config, chosen), chosen, traced
+
+
+def confirm(checked: Checked, denoiser: Denoiser, ranks: Ranks) -> tuple[Config, dict[str, float]]:
+    """Chosen batches checked by a probe on the real model: smaller ones where it needs more than was traced.
+
+    Returns:
+        The configuration, and facts for run.json: what was free, planned, and the probe's factor.
+    """
+    config, chosen, traced = checked.config, checked.chosen, checked.traced
+    factor = float(ranks.gather(np.array(probed_factor(denoiser, config, traced))).max())
+    if factor > 1.0:
+        texts = distinct_texts(config, checked.prompts, checked.eval_prompts)
+        auto = config.model_copy(update={"memory": checked.asked})
+        on_gpu = checked.device.type == "cuda"
+        batches = Batches(auto, checked.steps_trained, ranks.world)
+        chosen = choose(batches, traced, texts, ranks, on_gpu, chosen.free, factor)
+    return with_batches(config, chosen), asdict(chosen) | {"probed_factor": factor}
+
+
+def distinct_texts(config: Config, prompts: list[Prompt], eval_prompts: list[Prompt]) -> int:
+    """Texts that a run encodes, at most: its prompts, the held-out ones and the negative prompt."""
+    drawn = min(len({prompt.text for prompt in prompts}), config.iterations * config.prompts_per_step)
+    return drawn + len({prompt.text for prompt in eval_prompts}) + 1
