@@ -1,18 +1,21 @@
 """A launcher's script for the tests: trains one configuration after the other, so that Python starts once for all of them.
 
 deepspeed tests/train_all.py CONFIGS.json, a list of configurations. With "resume": FOLDER it goes on with a copy of that run
-as it was when its first iteration was saved, and writes resumed.json. Every rank writes the trajectories of its last rollout,
-and with model.compile its counts; "traced": true has graphs run as they are traced.
+as it was when its first iteration was saved, and writes resumed.json. With "refused": true that may be refused by all ranks:
+what is said goes to refused.txt. Every rank writes the trajectories of its last rollout, and with model.compile its counts;
+"traced": true has graphs run as they are traced.
 """
 
 import json
 import shutil
 import sys
+from pathlib import Path
 
 import torch
 
 from fastloop import trainer as trainer_module
 from fastloop.config import parse_config
+from fastloop.errors import UserError
 from fastloop.ranks import Ranks
 from fastloop.trainer import Trainer
 
@@ -25,7 +28,7 @@ with Ranks.join() as ranks, open(sys.argv[-1]) as file:
             later = [f"iteration-{i:06d}" for i in range(2, 10)]
             shutil.copytree(resume, values["output_dir"], ignore=shutil.ignore_patterns(*later, "export", "trajectories-*"))
         ranks.wait()
-        kind, traced = Trainer, values.pop("traced", False)
+        kind, traced, refused = Trainer, values.pop("traced", False), values.pop("refused", False)
         if values["model"].get("compile"):
             from compile_counts import Counting as kind
             from compile_counts import compile_as_traced, forget
@@ -33,7 +36,14 @@ with Ranks.join() as ranks, open(sys.argv[-1]) as file:
             if not resume:
                 forget()
             torch.compile = compile_as_traced if traced else compile_as_traced.func
-        trainer = kind(parse_config(values, "test"), resume is not None, ranks)
+        try:
+            trainer = kind(parse_config(values, "test"), resume is not None, ranks)
+        except UserError as error:
+            if not refused:
+                raise
+            if ranks.main:
+                Path(values["output_dir"], "refused.txt").write_text(str(error))
+            continue
         rollout = trainer._rollout
 
         def kept(*args, rollout=rollout, trainer=trainer):
