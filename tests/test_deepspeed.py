@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -17,6 +21,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from fastloop.batches import Batches
+from fastloop.checkpoints import list_checkpoints
+from fastloop.engines.deepspeed import _no_code_from_files, deepspeed_settings
+from fastloop.errors import UserError
 from fastloop.recipes import load_config, parse_config
 from fastloop.trainer import Trainer
 
@@ -206,8 +214,8 @@ def test_each_rank_draws_the_trajectories_of_a_single_process(base, tmp_path):
     for ranks, name, values in ((2, "even", even), (3, "odd", odd)):
         train_all(tmp_path, ranks, [merged(values, zero(2)) | {"output_dir": str(tmp_path / name)}])
         trainer = Trainer(parse_config({**values, "output_dir": str(tmp_path / f"{name}-alone")}, "test"))
-        kept, rollout = [], trainer._rollout
-        trainer._rollout = lambda *args, rollout=rollout, kept=kept: kept.append(rollout(*args)) or kept[-1]
+        kept, rollout = [], trainer.rollout
+        trainer.rollout = lambda *args, rollout=rollout, kept=kept: kept.append(rollout(*args)) or kept[-1]
         trainer.train()
         found = trajectories(tmp_path / name, ranks)
         assert sorted(found) == kept[-1].ids.tolist()
@@ -254,6 +262,126 @@ def test_a_run_goes_on_with_another_number_of_ranks_and_another_engine(runs, bas
     whole = alone({**base, "iterations": 4}, tmp_path / "whole").folder
     # prompts and noise are those of a run that was never moved
     assert rows[1]["reward/mean"] == pytest.approx(metrics(whole)[1]["reward/mean"], rel=1e-3)
+
+
+# --- whose files a checkpoint holds -----------------------------------------------------------------------------------
+
+FILES = ("model_states", "optim_states")  # ZeRO 0 writes the first kind alone
+PLANTED = [(stage, kind) for stage in STAGES for kind in FILES if stage or kind == "model_states"]
+
+
+class Copies:
+    """Unpickled, it copies a file."""
+
+    def __init__(self, to: Path) -> None:
+        self.to = str(to)
+
+    def __reduce__(self):
+        return shutil.copy, (__file__, self.to)
+
+
+def plant(checkpoint: Path, files: str, to: Path) -> None:
+    """Has these files of DeepSpeed's copy one when they are unpickled, and then be what they were."""
+    found = list((checkpoint / "deepspeed").glob(files))
+    assert found
+    for path in found:
+        with zipfile.ZipFile(path) as archive:
+            parts = {name: archive.read(name) for name in archive.namelist()}
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, data in parts.items():
+                if name.endswith("/data.pkl"):  # behind the two bytes that name the protocol
+                    data = data[:2] + pickle.dumps(Copies(to), 2)[2:-1] + pickle.POP + data[2:]
+                archive.writestr(name, data)
+
+
+def unreadable(checkpoint: Path, why: str) -> str:
+    return f"cannot read the checkpoint {checkpoint}: {why}; remove it to resume from another"
+
+
+FOREIGN = (
+    "a file in its deepspeed/ holds other things than tensors and DeepSpeed's own state (shutil.copy), and was not loaded"
+)
+
+
+@pytest.fixture(scope="session")
+def changed(runs, base, tmp_path_factory) -> Path:
+    """Copies of the runs above, their first checkpoint changed by somebody, all resumed in one start."""
+    folder, todo = tmp_path_factory.mktemp("changed"), []
+
+    def resume(name: str, stage: int, change: Callable[[Path], object], refused: bool) -> None:
+        source = folder / "from" / name
+        shutil.copytree(runs / f"lora-{stage}", source)
+        change(source / "checkpoints" / "iteration-000001")
+        own = {"output_dir": str(folder / name), "resume": str(source), "refused": refused}
+        todo.append(merged(base, zero(stage)) | own)
+
+    def exchange(checkpoint: Path) -> None:
+        shutil.rmtree(checkpoint / "deepspeed")
+        shutil.copytree(checkpoint.with_name("iteration-000002") / "deepspeed", checkpoint / "deepspeed")
+
+    def without_steps(checkpoint: Path) -> None:
+        state = torch.load(checkpoint / "state.pt", weights_only=True)
+        del state["engine"]["steps"]
+        torch.save(state, checkpoint / "state.pt")
+
+    for stage, kind in PLANTED:
+        marker = folder / f"ran-{kind}-{stage}"
+        resume(f"{kind}-{stage}", stage, lambda saved, kind=kind, to=marker: plant(saved, f"*{kind}.pt", to), True)
+    for stage in STAGES:
+        resume(f"exchanged-{stage}", stage, exchange, True)
+    resume("earlier", 2, without_steps, False)
+    train_all(folder, 2, todo)
+    return folder
+
+
+@pytest.mark.parametrize("stage, kind", PLANTED)
+def test_what_is_not_of_deepspeeds_state_is_refused_and_does_not_run(changed, stage, kind):
+    assert not (changed / f"ran-{kind}-{stage}").exists()
+    run = changed / f"{kind}-{stage}"
+    assert (run / "refused.txt").read_text() == unreadable(run / "checkpoints" / "iteration-000001", FOREIGN)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_deepspeeds_files_of_another_checkpoint_are_refused(changed, stage):
+    run, source = changed / f"exchanged-{stage}", changed / "from" / f"exchanged-{stage}"
+    saved = [torch.load(path / "state.pt", weights_only=True) for path in list_checkpoints(source / "checkpoints")]
+    steps = [state["engine"]["steps"] for state in saved]
+    why = f"its deepspeed/ is of another one, {steps[2]} optimizer steps old where this one is {steps[1]}"
+    assert (run / "refused.txt").read_text() == unreadable(run / "checkpoints" / "iteration-000001", why)
+
+
+def test_a_checkpoint_that_does_not_say_its_steps_is_taken_as_before(changed, runs):
+    assert json.loads((changed / "earlier" / "resumed.json").read_text()) == [1, None]
+    assert equal(weights(changed / "earlier"), weights(runs / "lora-2"))
+
+
+def test_the_loss_scaler_of_fp16_is_read_and_the_environment_left_alone(tmp_path, monkeypatch):
+    """fp16 itself needs a GPU."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
+
+    forced = ("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD")
+    monkeypatch.delenv(forced[0], raising=False)
+    monkeypatch.setenv(forced[1], "1")
+    torch.save(DynamicLossScaler(2.0**16, 1000, 1.0, 1, False), tmp_path / "scaler.pt")
+    torch.save(Copies(tmp_path / "ran"), tmp_path / "planted.pt")
+    with _no_code_from_files():
+        assert torch.load(tmp_path / "scaler.pt", weights_only=False).loss_scale == 2.0**16
+    with pytest.raises(pickle.UnpicklingError), _no_code_from_files():
+        torch.load(tmp_path / "planted.pt", weights_only=False)
+    assert not (tmp_path / "ran").exists()
+    assert [os.environ.get(name) for name in forced] == [None, "1"]
+    assert DynamicLossScaler not in torch.serialization.get_safe_globals()
+
+
+@pytest.mark.parametrize("key", ["nebula", "datastates_ckpt"])
+def test_a_json_that_has_other_code_read_checkpoints_is_refused(make_config, tmp_path, key):
+    path = tmp_path / "own.json"
+    path.write_text(json.dumps({key: {"enabled": True}}))
+    config = make_config(engine={"name": "deepspeed", "deepspeed_config": str(path)})
+    with pytest.raises(UserError) as refused:
+        deepspeed_settings(Batches(config, torch.arange(4)), 100)
+    says = f"engine.deepspeed_config: {path}: {key}: it would read checkpoints by code that is not torch's: take it out"
+    assert str(refused.value) == says
 
 
 # --- the command as typed ---------------------------------------------------------------------------------------------
@@ -362,6 +490,18 @@ def test_stopped_by_sigterm_it_saves_and_resumed_it_equals_the_unbroken_run(bund
     assert weights(tmp_path / "run", saved)
     launch(2, *args, "--resume")
     assert equal(weights(tmp_path / "run", 6), weights(bundled, 6))
+
+
+@pytest.mark.parametrize("files", ["mp_rank_00_model_states.pt", "zero_pp_rank_1_*optim_states.pt"])
+def test_a_resume_from_files_with_a_command_in_them_ends_in_one_line_with_code_2(bundled, tmp_path, files):
+    shutil.copytree(bundled, tmp_path / "run")
+    checkpoint = tmp_path / "run" / "checkpoints" / "iteration-000006"
+    plant(checkpoint, files, tmp_path / "ran")
+    done = launch(2, *recipe(2, tmp_path / "run", "iterations=6"), "--resume", code=2)
+    said = [line for line in done.stderr.splitlines() if line.startswith("fastloop:")]
+    whose = "rank 1: " if "rank_1" in files else ""  # which alone reads that one
+    assert said == [f"fastloop: {whose}{unreadable(checkpoint, FOREIGN)}"] and "Traceback" not in done.stdout + done.stderr
+    assert not (tmp_path / "ran").exists()
 
 
 def fails_on_the_second_rank(images, prompts, metadata):

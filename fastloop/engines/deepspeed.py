@@ -7,11 +7,13 @@ import json
 import logging
 import math
 import os
+import pkgutil
+import re
 import socket
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,16 @@ from fastloop.ranks import Ranks
 BUCKET = 50_000_000  # elements in one reduction; DeepSpeed's 500 million are more than a LoRA or a small GPU has room for
 SWITCHES = {"offload_optimizer": "offload_optimizer", "offload_param": "offload_parameters"}  # DeepSpeed's key: the recipe's
 _TAG = "deepspeed"  # the folder of its files in a checkpoint
+# What its files hold beside tensors and plain values: nothing with ZeRO 0; with 1, 2 and 3 the loss scaler (with bf16 and fp32
+# the one that does not scale) and the stage; with 1 and 2 where a parameter lies in its group. A file that is not honest can
+# make these and set their attributes, those of the stage for the whole process, to things that it may hold: wrong values, as
+# it can hold anyway. None has a __setstate__, and making one runs nothing but assignments.
+_CLASSES = (
+    "deepspeed.runtime.fp16.loss_scaler.LossScaler",
+    "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
+    "deepspeed.runtime.zero.config.ZeroStageEnum",
+    "deepspeed.utils.tensor_fragment.fragment_address",
+)
 
 
 def deepspeed_problem(config: Config, device: torch.device) -> str | None:
@@ -94,9 +106,14 @@ def _read(path: str) -> dict[str, Any]:
         raise UserError(f"engine.deepspeed_config: cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
     if not isinstance(values, dict):
         raise UserError(f"engine.deepspeed_config: {path} holds no JSON object")
-    for key, remedy in (("optimizer", "set optimizer.* in the recipe"), ("scheduler", "set optimizer.schedule in the recipe")):
+    remedies = {
+        "optimizer": "set optimizer.* in the recipe, and take it out",
+        "scheduler": "set optimizer.schedule in the recipe, and take it out",
+        **dict.fromkeys(("nebula", "datastates_ckpt"), "it would read checkpoints by code that is not torch's: take it out"),
+    }
+    for key, remedy in remedies.items():
         if key in values:
-            raise UserError(f"engine.deepspeed_config: {path}: {key}: {remedy}, and take it out")
+            raise UserError(f"engine.deepspeed_config: {path}: {key}: {remedy}")
     return values
 
 
@@ -283,18 +300,66 @@ class DeepSpeedEngine:
                 found[name] = value.float().cpu().clone()
         return found
 
-    def save(self, folder: Path) -> dict[str, Any]:
-        """Every rank writes its part by DeepSpeed's own save; the state says what they are parts of."""
-        self.model.save_checkpoint(str(folder), tag=_TAG, save_latest=False, exclude_frozen_parameters=True)
+    @property
+    def _written_by(self) -> dict[str, Any]:
+        """What a checkpoint's files can only be read by."""
         return {"name": "deepspeed", "ranks": self.ranks.world, "zero_stage": self.stage, "dtype": self.dtype}
 
+    def save(self, folder: Path) -> dict[str, Any]:
+        """Writes every rank's part by DeepSpeed's own save; the state says what they are parts of."""
+        self.model.save_checkpoint(str(folder), tag=_TAG, save_latest=False, exclude_frozen_parameters=True)
+        return {**self._written_by, "steps": self.model.global_steps}
+
     def load(self, folder: Path, state: dict[str, Any]) -> str | None:
-        """Takes back what `save` wrote, where it was the same number of ranks and stage; the weights are loaded already."""
-        if state != {"name": "deepspeed", "ranks": self.ranks.world, "zero_stage": self.stage, "dtype": self.dtype}:
+        """Takes back what `save` wrote, where it was the same number of ranks and stage; the weights are loaded already.
+
+        Raises:
+            UserError: a part is missing or damaged, of another checkpoint, or holds what is not of DeepSpeed's state.
+        """
+        if any(state.get(key) != value for key, value in self._written_by.items()):
             return f"the optimizer's state, which {describe(state)} has written"
         try:
-            self.model.load_checkpoint(str(folder), tag=_TAG, load_module_strict=False)
-        except Exception as error:  # a part is missing or damaged
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            with _no_code_from_files():
+                self.model.load_checkpoint(str(folder), tag=_TAG, load_module_strict=False)
+            steps = self.model.global_steps  # those skipped for an overflow too
+            saved = state.get("steps", steps)  # earlier versions did not write it
+            if steps != saved:
+                raise ValueError(f"its {_TAG}/ is of another one, {steps} optimizer steps old where this one is {saved}")
+        except Exception as error:  # DeepSpeed, pickle and zip raise many kinds
+            reason = _reason(error)
             raise UserError(f"cannot read the checkpoint {folder}: {reason}; remove it to resume from another") from None
         return None
+
+
+@contextmanager
+def _no_code_from_files() -> Iterator[None]:
+    """Within it ``torch.load`` makes only tensors, plain values and ``_CLASSES``, though DeepSpeed asks it for any object."""
+    ours = {"TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "0"}  # it refuses to have both
+    before = {name: os.environ.get(name) for name in ours}
+    os.environ.update(ours)
+    try:
+        with torch.serialization.safe_globals(list(_classes())):
+            yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _classes() -> Iterator[type]:
+    """Those of ``_CLASSES`` that this version of DeepSpeed has."""
+    for name in _CLASSES:
+        with suppress(ImportError, AttributeError):
+            yield pkgutil.resolve_name(name)
+
+
+def _reason(error: Exception) -> str:
+    """Why a checkpoint cannot be read, in a line."""
+    said = str(error).strip()
+    if "weights_only" not in said:
+        return (said or type(error).__name__).splitlines()[0]
+    named = re.search(r"GLOBAL ([\w.]+)", said)  # torch's refusal is a page, and names no class where it knows none
+    which = f" ({named[1]})" if named else ""
+    return f"a file in its {_TAG}/ holds other things than tensors and DeepSpeed's own state{which}, and was not loaded"
