@@ -15,6 +15,7 @@ from fastloop.trainer import Trainer
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [
     ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
     *sorted((ROOT / "docs").glob("*.md")),
     ROOT / "fastloop/assets/shapes/README.md",
     ROOT / "bench/README.md",

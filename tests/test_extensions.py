@@ -1,4 +1,4 @@
-"""What others add from outside: an objective, an advantage. Each is one object and one line in a table, and trains a run."""
+"""What others add from outside: an objective, an advantage, a model family. Each is one file and one line in a table."""
 
 from __future__ import annotations
 
@@ -6,13 +6,16 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from diffusers import SanaTransformer2DModel, StableDiffusionPipeline
 from kernel_cases import case, gradients, update
 
 from fastloop.advantages import ADVANTAGES, Advantage, weighted_sum
+from fastloop.denoisers import FAMILIES
 from fastloop.errors import UserError
 from fastloop.kernels import fused, reference
 from fastloop.kernels.reference import STATISTICS, PolicyTerms, normal
 from fastloop.objectives import OBJECTIVES, Objective
+from fastloop.plan import planned_memory
 from fastloop.tracking import read_rows
 from fastloop.trainer import Trainer
 
@@ -150,3 +153,108 @@ def test_an_advantage_may_give_each_step_its_own_and_remember(make_config, monke
     of = {(trajectory, step): advantage for trajectory, step, advantage in seen}
     assert len(of) == 24 and all(of[i, 3] == 2 * of[i, 0] == 2 * of[i, 1] for i in range(6))
     assert any(of.values())
+
+
+# --- a family ---------------------------------------------------------------------------------------------------------
+
+FAMILY = '''
+"""A model family of one's own: Sana's transformer behind one CLIP."""
+
+import torch
+from diffusers import DiffusionPipeline, SanaTransformer2DModel
+from transformers import CLIPTextModel
+
+from fastloop.denoisers.base import Denoiser
+
+
+class SmallPipeline(DiffusionPipeline):
+    def __init__(self, tokenizer, text_encoder, transformer, vae, scheduler):
+        super().__init__()
+        parts = {"text_encoder": text_encoder, "transformer": transformer, "vae": vae}
+        self.register_modules(tokenizer=tokenizer, scheduler=scheduler, **parts)
+
+
+class Small(Denoiser):
+    network_class, network_name = SanaTransformer2DModel, "transformer"
+    pipeline_class = SmallPipeline
+    text_classes = {"text_encoder": CLIPTextModel}
+    absent = {}
+
+    @classmethod
+    def check_fit(cls, path, text_configs, vae, network):
+        assert text_configs["text_encoder"].hidden_size == network.caption_channels
+
+    @property
+    def latent_channels(self):
+        return self.network.config.in_channels
+
+    @property
+    def own_latent_size(self):
+        return self.network.config.sample_size
+
+    @property
+    def size_unit(self):
+        return self.network.config.patch_size
+
+    def embed(self, ids):
+        return (self.text_encoders["text_encoder"](ids[0])[0][0],)
+
+    def blank_embedding(self):
+        config = self.text_encoders["text_encoder"].config
+        return (torch.empty(config.max_position_embeddings, config.hidden_size, device=self.device),)
+
+    def condition(self, embeddings, sampling):
+        return torch.stack([hidden for (hidden,) in embeddings])
+
+    def call(self, forward, latents, timesteps, cond, uncond):
+        text = cond if uncond is None else torch.cat([uncond, cond])
+        return forward(latents, encoder_hidden_states=text, timestep=timesteps, return_dict=False)[0]
+'''
+
+
+@pytest.fixture
+def small_family(tmp_path, monkeypatch, tiny_sd) -> str:
+    """The file of a family and its line in the table, and a model of it with random weights."""
+    (tmp_path / "small_family.py").write_text(FAMILY)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setitem(FAMILIES, "SmallPipeline", ("small_family", "Small"))
+    from small_family import SmallPipeline
+
+    torch.manual_seed(0)
+    stock = StableDiffusionPipeline.from_pretrained(tiny_sd)
+    transformer = SanaTransformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_layers=1,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=8,
+        cross_attention_dim=16,
+        caption_channels=16,
+        sample_size=8,
+        patch_size=2,
+    )
+    parts = {"tokenizer": stock.tokenizer, "text_encoder": stock.text_encoder, "vae": stock.vae, "scheduler": stock.scheduler}
+    SmallPipeline(transformer=transformer, **parts).save_pretrained(tmp_path / "small")
+    return str(tmp_path / "small")
+
+
+@pytest.mark.parametrize("adapter", ["lora", "full"])
+def test_a_model_family_is_one_file_and_one_line(make_config, small_family, adapter):
+    config = make_config(
+        model={"path": small_family, "adapter": adapter}, kl={"weight": 0.01}, ema={"decay": 0.5}, optimizer={"lr": 1e-3}
+    )
+    left_out = ("export", "report") if adapter == "lora" else ("report",)  # this pipeline has no LoRA files
+    trainer = Trainer(config, leave_out=left_out)
+    assert type(trainer.denoiser.network) is SanaTransformer2DModel and "update" in planned_memory(config).phases
+    before = {name: p.detach().clone() for name, p in trainer.parameters.items()}
+    rows = read_rows(trainer.train() / "metrics.jsonl")
+    assert rows[0]["policy/replay_max_dev"] == 0 and all(row["policy/grad_norm"] > 0 for row in rows)
+    moved = [not p.equal(before[name]) for name, p in trainer.parameters.items()]
+    assert all(moved) if adapter == "full" else sum(moved) >= len(moved) / 2  # of a LoRA one half is 0 at first
+    again = Trainer(config, resume=True, leave_out=left_out)
+    assert again.iteration == 2 and all(p.equal(again.parameters[name]) for name, p in trainer.parameters.items())
+    if adapter == "full":
+        exported = trainer.denoiser.pipeline_class.from_pretrained(trainer.folder / "export").transformer.state_dict()
+        assert all(exported[name].equal(value) for name, value in trainer.ema.average.items())

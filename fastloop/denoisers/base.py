@@ -107,8 +107,13 @@ class Denoiser(Adapters, Residence, Export):
         """What `predict` takes for these embeddings: rows can be taken by indexing it with a tensor."""
         raise NotImplementedError
 
-    def network_arguments(self, cond, uncond) -> dict[str, Any]:
-        """Keyword arguments of the network beside latents and timesteps; unconditional rows, where there are any, first."""
+    def call(self, forward: Callable[..., Any], latents: torch.Tensor, timesteps: torch.Tensor, cond, uncond) -> torch.Tensor:
+        """The network's output for latents in ``model.dtype``, the unconditional rows, where there are any, first.
+
+        Args:
+            forward: takes what the network's own forward takes. latents (m, C, H, W), timesteps int64 (m,): of m = n rows, or
+                2 n with guidance. cond, uncond: of n rows each, ``uncond`` may be ``None``.
+        """
         raise NotImplementedError
 
     def idle_modules(self, part: str) -> str | None:
@@ -268,10 +273,10 @@ class Denoiser(Adapters, Residence, Export):
         x, t = latents, timesteps
         if uncond is not None:
             x, t = torch.cat([x, x]), torch.cat([t, t])
-        x = x.to(dtype).contiguous(memory_format=torch.channels_last)
+        x = x.to(dtype)
         forward = self.forward or self._mixed_forward
         with self.observer.phase("predict"):
-            output = forward(x, t, **self.network_arguments(cond, uncond), return_dict=False)[0]
+            output = self.call(forward, x, t, cond, uncond)
         if uncond is None:
             return output[:n], None
         without, with_prompt = output.chunk(2)

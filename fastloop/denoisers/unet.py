@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor2_0
@@ -33,6 +35,14 @@ class UNetDenoiser(Denoiser):
             self.network.enable_xformers_memory_efficient_attention()
         if backend == "flash":
             self.network.set_attn_processor(FlashAttention())
+
+    def network_arguments(self, cond, uncond) -> dict[str, Any]:
+        """Keyword arguments of the UNet beside latents and timesteps; unconditional rows, where there are any, first."""
+        raise NotImplementedError
+
+    def call(self, forward, latents, timesteps, cond, uncond) -> torch.Tensor:
+        latents = latents.contiguous(memory_format=torch.channels_last)
+        return forward(latents, timesteps, **self.network_arguments(cond, uncond), return_dict=False)[0]
 
     @property
     def latent_channels(self) -> int:
