@@ -52,6 +52,7 @@ setup(
         "numpy>=1.26",
         "scipy>=1.11",
         "pillow>=10",
+        "psutil>=5.9",
         "tqdm>=4.66",
         "matplotlib>=3.8",
         "tensorboard>=2.16",

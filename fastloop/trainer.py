@@ -100,12 +100,11 @@ class Trainer:
             self.denoiser.compile(batches.calls(len(self.eval_prompts)))
         self.ema = None
         if config.ema.decay:
-            with self.engine.whole(list(self.parameters.values())):
+            with self.engine.gathered(list(self.parameters.values())):
                 self.ema = Ema(self.parameters, config.ema.decay)
         self.advantage = ADVANTAGES[config.advantage]()
-        self.update = PolicyUpdate(
-            config, self.denoiser, self.engine, self.table, self.steps_trained, ranks, self.ema, observer
-        )
+        steps = self.steps_trained
+        self.update = PolicyUpdate(config, self.denoiser, self.engine, self.table, steps, ranks, self.ema, observer)
         self.iteration = 0  # finished so far
         self.images = 0  # sampled for training so far
         self.seconds = 0.0  # spent so far, over all resumes
@@ -171,9 +170,8 @@ class Trainer:
                 self.iteration += 1
                 self.images += len(repeated)
                 self.seconds = updated - self._started
-                metrics |= reward_metrics(scores, repeated, config.images_per_prompt)
-                metrics |= self._image_metrics(trajectories, len(repeated)) | self.rewards.take_times()
-                metrics |= {
+                metrics |= reward_metrics(scores, repeated, config.images_per_prompt) | self.rewards.take_times()
+                metrics |= self._image_metrics(trajectories, len(repeated)) | {
                     "advantage/abs_mean": advantages.abs().mean().item(),
                     "advantage/std": advantages.std(correction=0).item(),
                     "time/rollout": sampled - started,
@@ -219,7 +217,7 @@ class Trainer:
 
     def _rollout_weights(self):
         """Weights that are shared out over ranks are whole during a rollout, unless memory is too short for that."""
-        return nullcontext() if self.config.engine.rollout_parameters == "layerwise" else self.engine.whole()
+        return nullcontext() if self.config.engine.rollout_parameters == "layerwise" else self.engine.gathered()
 
     def _leave_if_asked(self) -> None:
         self.stop.leave_if_asked(self.iteration)

@@ -230,7 +230,7 @@ class PolicyUpdate:
         if self.skipped > (MAX_SKIPPED if self.engine.scales_loss else 0):
             raise RunFailed(f"the gradients are not finite in iteration {iteration + 1}: {REMEDY}")
         if norm is not None and self.ema is not None:
-            with self.engine.whole(list(self.engine.parameters.values())):
+            with self.engine.gathered(list(self.engine.parameters.values())):
                 self.ema.update()
         return norm
 

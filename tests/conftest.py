@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
 import sys
 from pathlib import Path
+
+# Under `python -m pytest` the root is on the path, and Hugging Face's libraries, which look for a package `kernels`, would
+# find our folder. Under nohup SIGINT is ignored, and so it would be in what the tests start.
+sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != Path(__file__).resolve().parent.parent]
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -1,11 +1,13 @@
 """Short trainings of every algorithm, adapter and option, by another commit and by this tree: the same bits, or what differs.
 
     python tests/same_bits.py COMMIT [NAME ...]
+    python tests/same_bits.py --record
 
 The other commit is checked out into a temporary folder, both train the RUNS below with the torch engine and the same Python,
 and the SHA-256 of their trained weights, averages and optimizer states are compared. Then this tree goes on with a run that
-the other commit left after half of its iterations. Exit code 0: everything is the same. It is for changes that must not change
-anything; `test_pinned_runs.py` holds some of the same runs to recorded figures.
+the other commit left after half of its iterations. Exit code 0: everything is the same. It is for changes that must not
+change anything. ``--record`` writes the figures of some of these runs to pinned_runs.json, to which `test_pinned_runs.py`
+holds the tree; use it after a change that is meant to change them.
 """
 
 from __future__ import annotations
@@ -79,6 +81,8 @@ RUNS = {
         "optimizer": {"lr": 1e-5},
     },
 }
+PINNED = ("ppo", "guided", "kl and average", "parts of the steps", "two rewards")
+RECORD = HERE.with_name("pinned_runs.json")
 RESUMED = ("ppo", "kl and average", "two rewards", "full")
 
 
@@ -189,8 +193,17 @@ def main() -> int:
     return int(different > 0)
 
 
+def record() -> None:
+    """Writes the figures of the pinned runs."""
+    with tempfile.TemporaryDirectory() as temporary:
+        numbers = {name: train(name, Path(temporary), Path(temporary))["numbers"] for name in PINNED}
+    RECORD.write_text(json.dumps(numbers, indent=1) + "\n")
+
+
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--run"]:
+    if sys.argv[1:] == ["--record"]:
+        record()
+    elif sys.argv[1:2] == ["--run"]:
         models, folder, other, *names = sys.argv[2:]
         leave = other == "leave"
         print(json.dumps(run_all(names, Path(models), Path(folder), None if leave else Path(other), leave)))

@@ -397,7 +397,7 @@ def test_every_kernel_compiles_for_real_gpus_without_spills():
     kernels = {
         "transition": ("_noise", "_sample", "_finish"),
         "policy": ("_residual_sums", "_finish", "_gradients"),
-        "group_norm_silu": (
+        "group_norm_kernels": (
             *("_sums", "_statistics", "_output"),
             *("_gradient_sums", "_gradient_means", "_gradient", "_parameter_gradients"),
         ),

@@ -244,7 +244,7 @@ class DeepSpeedEngine:
         part.data.view(-1)[: len(own)].copy_(own)
 
     @contextmanager
-    def whole(self, parameters: list[torch.nn.Parameter] | None = None) -> Iterator[None]:
+    def gathered(self, parameters: list[torch.nn.Parameter] | None = None) -> Iterator[None]:
         """Within it the given parameters, or all, are whole on every rank, and the network computes without ZeRO's hooks."""
         if self.stage < 3:
             yield

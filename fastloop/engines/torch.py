@@ -47,7 +47,7 @@ class TorchEngine:
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.model.dtype == "fp16")
 
     @contextmanager
-    def whole(self, parameters: list[torch.nn.Parameter] | None = None) -> Iterator[None]:
+    def gathered(self, parameters: list[torch.nn.Parameter] | None = None) -> Iterator[None]:
         """Within it the given parameters, or all of them, are whole on every rank. Here they always are."""
         yield
 

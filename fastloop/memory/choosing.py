@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import torch
 
 from fastloop import kernels
@@ -37,9 +36,7 @@ def free_bytes(device: torch.device, neighbours: int) -> int:
     """Memory that a process may take of a device that it shares with so many: of a GPU, what is free there now."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    found = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
-    if Path("/proc/meminfo").exists():
-        found.append(1024 * int(re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())[1]))
+    found = [psutil.virtual_memory().available]
     limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")  # of a container
     if limit.exists() and used.exists() and limit.read_text().strip() != "max":
         found.append(int(limit.read_text()) - int(used.read_text()))
