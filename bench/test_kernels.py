@@ -12,14 +12,15 @@ import functools
 import kernel_table
 import pytest
 import torch
+from kernel_cases import Case, cases_for
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-CASES = kernel_table.cases_for(DEVICE, quick=True)
+CASES = cases_for(DEVICE, quick=True)
 NAMES = ("triton" if DEVICE.type == "cuda" else "reference", "eager", "compile")
 
 
 @functools.lru_cache(maxsize=1)  # the passes of a contender follow each other and share what was compiled
-def passes(case: kernel_table.Case, name: str) -> dict:
+def passes(case: Case, name: str) -> dict:
     torch.compiler.reset()
     found = kernel_table.contenders(case.operator, DEVICE)
     if name not in found:

@@ -4,20 +4,28 @@ from __future__ import annotations
 
 import json
 import math
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
+BENCH = Path(__file__).resolve().parent.parent / "bench"
+
 
 @pytest.fixture(scope="module")
 def kernel_table(bench_module):
-    return bench_module("kernel_table")
+    sys.path.insert(0, str(BENCH))
+    yield bench_module("kernel_table")
+    sys.path.remove(str(BENCH))
 
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="what is printed where there is no GPU")
 
 
-def tiny(bench, *operators: str) -> list:
+def tiny(*operators: str) -> list:
+    import kernel_cases as bench  # found while kernel_table is there
+
     cases = [bench.step_case("policy_loss", "tiny", (4, 8, 8), 2), bench.step_case("sample_transition", "SD", (4, 64, 64), 1)]
     cases += [bench.norm_case("tiny", 32, 4, 1, last=True, trained=True), bench.geglu_case("tiny", 4, 8, 1)]
     return [case for case in cases if case.operator in operators]
@@ -28,7 +36,7 @@ def test_without_a_gpu_eager_is_timed_against_compile_and_triton_is_not(kernel_t
     if problem := kernel_table.compile_problem(torch.device("cpu")):
         pytest.skip(problem)
     out = tmp_path / "results" / "kernels.json"
-    code = kernel_table.main(["--quick", "--out", str(out)], cases=tiny(kernel_table, "policy_loss", "geglu"), seconds=0.01)
+    code = kernel_table.main(["--quick", "--out", str(out)], cases=tiny("policy_loss", "geglu"), seconds=0.01)
     printed = capsys.readouterr().out
     assert code == 0 and "Triton was not timed: no GPU here" in printed and "## geglu" in printed
     summary = json.loads(out.read_text())
@@ -50,7 +58,7 @@ def test_without_a_gpu_eager_is_timed_against_compile_and_triton_is_not(kernel_t
 def test_without_a_compiler_the_other_rows_are_there_and_it_is_said(kernel_table, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     out = tmp_path / "kernels.json"
-    cases = tiny(kernel_table, "sample_transition", "group_norm_silu")
+    cases = tiny("sample_transition", "group_norm_silu")
     assert kernel_table.main(["--out", str(out)], cases=cases, seconds=0.001) == 0
     assert "torch.compile was not timed: it needs a C++ compiler, and no-such-compiler" in capsys.readouterr().out
     rows = json.loads(out.read_text())["rows"]
@@ -59,10 +67,10 @@ def test_without_a_compiler_the_other_rows_are_there_and_it_is_said(kernel_table
 
 @no_gpu
 def test_a_contender_that_computes_something_else_is_named_and_not_timed(kernel_table, tmp_path, capsys, monkeypatch):
-    eager = kernel_table.eager_geglu
+    eager = kernel_table.EAGER["geglu"]
     wrong = {"reference": lambda projected: 2 * eager(projected), "eager": eager}
     monkeypatch.setattr(kernel_table, "contenders", lambda *_: wrong)
     out = tmp_path / "kernels.json"
-    assert kernel_table.main(["--out", str(out)], cases=tiny(kernel_table, "geglu"), seconds=0.001) == 1
+    assert kernel_table.main(["--out", str(out)], cases=tiny("geglu"), seconds=0.001) == 1
     assert "reference failed: geglu, tiny 4 x 2*8, batch 1: AssertionError: geglu" in capsys.readouterr().out
     assert {row["contender"] for row in json.loads(out.read_text())["rows"]} == {"eager"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,15 +12,17 @@ import torch
 
 from fastloop.preflight import preflight
 
-ROOT = Path(__file__).resolve().parent.parent
+BENCH = Path(__file__).resolve().parent.parent / "bench"
 
 
 @pytest.fixture(scope="module")
 def memory():
-    spec = importlib.util.spec_from_file_location("bench_memory", ROOT / "bench" / "memory.py")
+    sys.path.insert(0, str(BENCH))
+    spec = importlib.util.spec_from_file_location("bench_memory", BENCH / "memory.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module
+    yield module
+    sys.path.remove(str(BENCH))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="measures host memory")
@@ -35,14 +38,16 @@ def test_a_row_is_measured_and_becomes_a_table_a_json_and_a_plot(memory, tmp_pat
 
 @pytest.mark.parametrize("size", ["sd15", "sdxl"])
 def test_every_row_at_full_size_is_a_configuration_that_can_run(memory, tmp_path, size, monkeypatch):
+    import memory_rows as rows  # found while memory is there
+
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    configs = memory.configs_for(size, tmp_path, memory.FULL_SIZE)
-    assert list(configs) == list(memory.ROWS)
+    configs = rows.configs_for(size, tmp_path, rows.FULL_SIZE)
+    assert list(configs) == list(rows.ROWS)
     for name, config in configs.items():
         checked = preflight(config)
         checked.rewards.close()
         checked.eval_rewards.close()
-        assert sum(p.numel() for p in checked.skeleton.network.parameters()) >= memory.FULL_SIZE, name
+        assert sum(p.numel() for p in checked.skeleton.network.parameters()) >= rows.FULL_SIZE, name
 
 
 def test_what_cannot_be_measured_is_refused_in_one_line(memory, tmp_path, capsys):
