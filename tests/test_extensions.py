@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from diffusers import SanaTransformer2DModel, StableDiffusionPipeline
-from kernel_cases import case, gradients, update
+from step_cases import case, gradients, update
 
 from fastloop.advantages import ADVANTAGES, Advantage, weighted_sum
 from fastloop.denoisers import FAMILIES

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from kernel_cases import (
+from step_cases import (
     CLIP,
     DEVICE,
     DTYPES,

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from kernel_cases import policy_loss
+from step_cases import policy_loss
 
 from fastloop.kernels import backend, reference
 from fastloop.objectives import clip_only, clipped, gaussian_kl, kl_mask, score_function

@@ -15,7 +15,7 @@ if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device, and torch finds none here", allow_module_level=True)
 
 import torch.nn.functional as F
-from kernel_cases import CLIP, DEVICE, DTYPES, SEED, case, close, gradients, policy_loss, sampled, trajectories, update
+from step_cases import CLIP, DEVICE, DTYPES, SEED, case, close, gradients, policy_loss, sampled, trajectories, update
 
 from fastloop.kernels import VARIABLE, backend, choose, fused, reference
 from fastloop.trainer import Trainer
