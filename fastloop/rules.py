@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from fastloop.advantages import ADVANTAGES
-from fastloop.config import Config
 from fastloop.objectives import OBJECTIVES
+
+if TYPE_CHECKING:  # which asks here
+    from fastloop.config import Config
 
 
 def problem(config: Config) -> str | None:
