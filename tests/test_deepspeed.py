@@ -54,7 +54,7 @@ def environment() -> dict[str, str]:
     return {**{k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}, **own}
 
 
-def launch(ranks: int, *args, code: int = 0, timeout: float = 400) -> subprocess.CompletedProcess:
+def launch(ranks: int, *args, code: int = 0, timeout: float = 550) -> subprocess.CompletedProcess:
     start = command(ranks, *args)
     done = subprocess.run(start, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=timeout)
     assert done.returncode == code, done.stdout[-3000:] + done.stderr[-3000:]
@@ -266,8 +266,9 @@ def test_a_run_goes_on_with_another_number_of_ranks_and_another_engine(runs, bas
 
 # --- whose files a checkpoint holds -----------------------------------------------------------------------------------
 
-FILES = ("model_states", "optim_states")  # ZeRO 0 writes the first kind alone
-PLANTED = [(stage, kind) for stage in STAGES for kind in FILES if stage or kind == "model_states"]
+# ZeRO 0 writes the first kind alone, 1 and 2 write alike, and 3 has a file of each kind for every rank
+PLANTED = [(0, "model_states"), (2, "optim_states"), (3, "model_states"), (3, "optim_states")]
+EXCHANGED = (0, 2)
 
 
 class Copies:
@@ -327,7 +328,7 @@ def changed(runs, base, tmp_path_factory) -> Path:
     for stage, kind in PLANTED:
         marker = folder / f"ran-{kind}-{stage}"
         resume(f"{kind}-{stage}", stage, lambda saved, kind=kind, to=marker: plant(saved, f"*{kind}.pt", to), True)
-    for stage in STAGES:
+    for stage in EXCHANGED:
         resume(f"exchanged-{stage}", stage, exchange, True)
     resume("earlier", 2, without_steps, False)
     train_all(folder, 2, todo)
@@ -341,7 +342,7 @@ def test_what_is_not_of_deepspeeds_state_is_refused_and_does_not_run(changed, st
     assert (run / "refused.txt").read_text() == unreadable(run / "checkpoints" / "iteration-000001", FOREIGN)
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", EXCHANGED)
 def test_deepspeeds_files_of_another_checkpoint_are_refused(changed, stage):
     run, source = changed / f"exchanged-{stage}", changed / "from" / f"exchanged-{stage}"
     saved = [torch.load(path / "state.pt", weights_only=True) for path in list_checkpoints(source / "checkpoints")]
