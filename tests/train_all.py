@@ -7,6 +7,7 @@ what is said goes to refused.txt. Every rank writes the trajectories of its last
 """
 
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -21,6 +22,7 @@ from fastloop.trainer import Trainer
 
 torch.set_num_threads(1)
 with Ranks.join() as ranks, open(sys.argv[-1]) as file:
+    any_refused = False
     for values in json.load(file):
         resume = values.pop("resume", None)
         if resume and ranks.main:
@@ -43,6 +45,7 @@ with Ranks.join() as ranks, open(sys.argv[-1]) as file:
                 raise
             if ranks.main:
                 Path(values["output_dir"], "refused.txt").write_text(str(error))
+            any_refused = True
             continue
         rollout = trainer.rollout
 
@@ -57,3 +60,7 @@ with Ranks.join() as ranks, open(sys.argv[-1]) as file:
         trainer.train()
         if observer is not UNOBSERVED:
             (trainer.folder / f"counts-{ranks.rank}.json").write_text(json.dumps(observer.counts))
+    if any_refused:  # their engines are left as they were, and ending Python with them can abort the process
+        ranks.wait()
+        sys.stdout.flush()
+        os._exit(0)
