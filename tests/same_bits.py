@@ -60,7 +60,7 @@ RUNS = {
     "two rewards": {
         "rewards": [
             {"name": "shapes", "normalize": "running"},
-            {"name": "jpeg_incompressibility", "weight": 0.5, "normalize": "batch"},
+            {"name": "shapes", "label": "again", "weight": 0.5, "normalize": "batch"},  # a JPEG's size moves with rounding
         ]
     },
     "sd": {"model": {"path": "sd"}, "prompts": {"source": "animals"}, "rewards": [{"name": "jpeg_compressibility"}]},
