@@ -3,8 +3,8 @@
     python tests/compile_kernels.py        (TRITON_INTERPRET unset; needs no GPU)
 
 The operators are called on CPU tensors; launches are caught and compiled for a target instead, with the specialisation that
-Triton itself derives from the arguments. One JSON line per kernel, variant and target: every variant for sm_90, the usual one
-for the others.
+Triton itself derives from the arguments. One JSON line per kernel, variant and target: for sm_90 each dtype with each layout,
+each objective and so on, for the others the usual variant.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from types import SimpleNamespace
 
 import torch
 import triton
+from step_cases import pairwise
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.runtime.driver import driver
@@ -28,10 +29,10 @@ from fastloop.objectives import OBJECTIVES
 
 CAPABILITIES, FULLY = (80, 90, 100), 90  # of which one with every variant
 ROWS, SHAPE = 4, (4, 64, 64)
+LAYOUTS = (torch.channels_last, torch.contiguous_format)
 
 
-def tensors(dtype: torch.dtype, guided: bool, channels_last: bool) -> dict:
-    layout = torch.channels_last if channels_last else torch.contiguous_format
+def tensors(dtype: torch.dtype, guided: bool, layout: torch.memory_format) -> dict:
     output = torch.zeros(ROWS, *SHAPE, dtype=dtype).contiguous(memory_format=layout)
     return dict(
         cond=output,
@@ -44,26 +45,25 @@ def tensors(dtype: torch.dtype, guided: bool, channels_last: bool) -> dict:
 
 
 def launch_all(every_variant: bool) -> None:
-    """Every operator, in every variant of its kernels or in the usual one: bfloat16, with guidance, channels_last."""
+    """Every operator, in every pair of its kernels' options or as is usual: bfloat16, with guidance, channels_last."""
+    dtypes = (torch.bfloat16, torch.float32, torch.float16)[: 3 if every_variant else 1]
+    both, layouts = (True, False)[: 1 + every_variant], LAYOUTS[: 1 + every_variant]
+    sizes = ((320, 64), (1280, 8))[: 1 + every_variant]
     transition._initial_noise(7, torch.arange(ROWS), 4 * 64 * 64)
-    for dtype in (torch.float32, torch.bfloat16, torch.float16) if every_variant else (torch.bfloat16,):
-        for guided in (True, False) if every_variant else (True,):
-            both = every_variant and dtype == torch.bfloat16
-            for channels_last in (False, True) if both else (not every_variant,):
-                t = tensors(dtype, guided, channels_last)
-                row, ids = t["row"], t["ids"]
-                transition._sample_transition(t["cond"], t["uncond"], t["x_t"], row, row, row, 3.0, 7, ids, 4)
-                step = (t["cond"], t["uncond"], t["x_t"], t["x_prev"], row, row, row, 3.0)
-                for objective in OBJECTIVES:
-                    policy._policy_loss(*step, row, row, 1e-4, objective, 7, ids, ids)
-                policy._policy_loss_backward(row, row, *step)
+    for dtype, guided, layout, objective in pairwise(dtypes, both, layouts, OBJECTIVES):
+        t = tensors(dtype, guided, layout)
+        row, ids = t["row"], t["ids"]
+        transition._sample_transition(t["cond"], t["uncond"], t["x_t"], row, row, row, 3.0, 7, ids, 4)
+        step = (t["cond"], t["uncond"], t["x_t"], t["x_prev"], row, row, row, 3.0)
+        policy._policy_loss(*step, row, row, 1e-4, objective, 7, ids, ids)
+        policy._policy_loss_backward(row, row, *step)
+    for dtype in dtypes:
         geglu._geglu_backward(geglu._geglu(torch.zeros(2, 77, 2560, dtype=dtype)), torch.zeros(2, 77, 2560, dtype=dtype))
-        for channels, side in ((320, 64), (1280, 8)) if every_variant else ((320, 64),):
-            for layout in (torch.contiguous_format, torch.channels_last) if every_variant else (torch.channels_last,):
-                x = torch.zeros(2, channels, side, side, dtype=dtype).contiguous(memory_format=layout)
-                weight = torch.ones(channels, dtype=dtype)
-                y, mean, rstd = group_norm_silu._group_norm_silu(x, 32, weight, weight, 1e-5)
-                group_norm_silu._group_norm_silu_backward(y, x, mean, rstd, 32, weight, weight, True)
+    for dtype, (channels, side), layout in pairwise(dtypes, sizes, layouts):
+        x = torch.zeros(2, channels, side, side, dtype=dtype).contiguous(memory_format=layout)
+        weight = torch.ones(channels, dtype=dtype)
+        y, mean, rstd = group_norm_silu._group_norm_silu(x, 32, weight, weight, 1e-5)
+        group_norm_silu._group_norm_silu_backward(y, x, mean, rstd, 32, weight, weight, True)
 
 
 def spilled(ptx: str, capability: int) -> int:

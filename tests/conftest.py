@@ -36,7 +36,7 @@ from fastloop.denoisers.files import ASSETS
 from fastloop.recipes import parse_config
 
 torch.set_num_threads(1)
-SLOWEST = ("test_deepspeed.py", "test_plan.py", "test_compile.py", "test_text_lora.py", "test_sdxl.py", "test_memory.py")
+SLOWEST = [f"test_{name}.py" for name in ("deepspeed", "launchers", "plan", "compile", "text_lora", "sdxl", "memory")]
 
 
 def pytest_collection_modifyitems(items) -> None:
@@ -203,3 +203,9 @@ def make_config(tiny_sd, tmp_path):
         return parse_config(values, "test")
 
     return make
+
+
+@pytest.fixture
+def no_report(monkeypatch):
+    """The figures of the report take longer than a small run."""
+    monkeypatch.setattr("fastloop.trainer.write_report", lambda folder: None)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 
 from fastloop.kernels import fused, reference
@@ -9,6 +11,20 @@ from fastloop.kernels import fused, reference
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SEED, GUIDANCE, CLIP = 7, 3.0, 1e-3
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def pairwise(*axes) -> list[tuple]:
+    """Cases in which each value of an axis meets each value of every other axis: far fewer than their product."""
+
+    def pairs(case: tuple) -> set:
+        return set(itertools.combinations(enumerate(map(str, case)), 2))
+
+    product = list(itertools.product(*axes))
+    missing, chosen = set().union(*map(pairs, product)), []
+    while missing:
+        chosen.append(max(product, key=lambda case: len(pairs(case) & missing)))
+        missing -= pairs(chosen[-1])
+    return chosen
 
 
 def case(shape=(4, 16, 16), rows=5, dtype=torch.float32, guided=True, channels_last=False, sigma=None) -> dict:

@@ -10,8 +10,9 @@ import pytest
 import torch
 from compile_counts import Counts, compile_as_traced, forget
 from conftest import make_sd
+from on_ranks import train_all, zero
+from run_files import distance, equal, weights
 from safetensors.torch import load_file
-from test_deepspeed import distance, equal, train_all, weights, zero
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -217,7 +218,7 @@ def test_deepspeed_runs_the_compiled_unet_on_two_ranks_and_resumes_exactly(make_
     for name, changes in runs.items():
         changes["model"]["path"] = one_level
         changes["memory"] = changes.get("memory", {}) | {"rollout_batch": 3, "update_batch": 3}  # one size: less to compile
-        changes |= {"rewards": [{"name": "test_deepspeed:contrast"}], "checkpoint": {"every": 1, "keep": 9}}
+        changes |= {"rewards": [{"name": "on_ranks:contrast"}], "checkpoint": {"every": 1, "keep": 9}}
         configs[name] = make_config(output_dir=str(tmp_path / name), **changes)
     todo = [config.model_dump(mode="json") | {"traced": True} for config in configs.values()]
     again = {"output_dir": str(tmp_path / "resumed"), "resume": str(tmp_path / "whole-2")}

@@ -1,72 +1,28 @@
-"""DeepSpeed through its real launcher, on two and three CPU ranks: what is trained, resumed, killed and refused."""
+"""DeepSpeed on two and three CPU ranks: trained as by the plain engine; its checkpoints resumed, exactly, or refused."""
 
 from __future__ import annotations
 
 import json
 import os
 import pickle
-import re
 import shutil
-import signal
-import socket
-import subprocess
-import sys
-import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
-from safetensors.torch import load_file
+from on_ranks import needs_cpu, start, train_all, zero
+from run_files import distance, equal, metrics, weights
 
 from fastloop.batches import Batches
 from fastloop.checkpoints import list_checkpoints
 from fastloop.engines.deepspeed import _no_code_from_files, deepspeed_settings
 from fastloop.errors import UserError
-from fastloop.recipes import load_config, parse_config
+from fastloop.recipes import parse_config
 from fastloop.trainer import Trainer
 
-ROOT = Path(__file__).resolve().parent.parent
-STAGES = (0, 1, 2, 3)
-
-pytestmark = [
-    pytest.mark.skipif(torch.cuda.is_available(), reason="its launcher would take the GPUs; tests/gpu has those"),
-    pytest.mark.timeout(600),
-]
-
-
-# --- launching --------------------------------------------------------------------------------------------------------
-
-
-def command(ranks: int, *args) -> list[str]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launcher = str(Path(sys.executable).parent / "deepspeed")
-    return [launcher, "--num_accelerators", str(ranks), "--master_port", str(port), *map(str, args)]
-
-
-def environment() -> dict[str, str]:
-    # PYTHONPATH: for the rewards of these tests. Interpreted kernels are for the tests of kernels
-    own = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests")}
-    return {**{k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}, **own}
-
-
-def launch(ranks: int, *args, code: int = 0, timeout: float = 550) -> subprocess.CompletedProcess:
-    start = command(ranks, *args)
-    done = subprocess.run(start, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=timeout)
-    assert done.returncode == code, done.stdout[-3000:] + done.stderr[-3000:]
-    port = start[start.index("--master_port") + 1]
-    assert not list(Path("/dev/shm").glob(f"deepspeed_*_{port}_*"))  # which DeepSpeed leaves behind
-    return done
-
-
-def train_all(folder: Path, ranks: int, runs: list[dict]) -> None:
-    configs = folder / f"configs-{ranks}.json"
-    configs.write_text(json.dumps(runs))
-    launch(ranks, "tests/train_all.py", configs)
+pytestmark = [needs_cpu, pytest.mark.timeout(600)]
 
 
 def merged(base: dict, changes: dict) -> dict:
@@ -74,24 +30,6 @@ def merged(base: dict, changes: dict) -> dict:
     for key, value in changes.items():
         out[key] = {**out[key], **value} if isinstance(value, dict) and key in out else value
     return out
-
-
-def weights(folder: Path, iteration: int = 2, name: str = "weights") -> dict[str, torch.Tensor]:
-    return load_file(folder / "checkpoints" / f"iteration-{iteration:06d}" / f"{name}.safetensors")
-
-
-def metrics(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def distance(found: dict, wanted: dict, start: dict) -> float:
-    """Of the weights from those wanted, as a share of the way that training took them."""
-    total = sum((found[k] - wanted[k]).square().sum() for k in wanted)
-    return float((total / sum((wanted[k] - start[k]).square().sum() for k in wanted)) ** 0.5)
-
-
-def equal(one: dict, other: dict) -> bool:
-    return set(one) == set(other) and all(torch.equal(one[key], other[key]) for key in one)
 
 
 def trajectories(folder: Path, ranks: int) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
@@ -103,44 +41,35 @@ def trajectories(folder: Path, ranks: int) -> dict[int, tuple[torch.Tensor, torc
     return found
 
 
-def contrast(images, prompts, metadata):
-    """A reward that rounding moves little: a JPEG's size jumps by a byte."""
-    return images.astype(float).std((1, 2, 3))
-
-
 # --- runs of the tiny model -------------------------------------------------------------------------------------------
 
-FULL = {"model": {"adapter": "full"}}
+FULL = {"model": {"adapter": "full"}, "optimizer": {"lr": 1e-3, "eps": 1e-4}}  # eps: AdamW would take rounding at its word
 BF16 = {"model": {"adapter": "full", "dtype": "bf16"}, "safety": {"max_ratio_dev": 1e-3}}
 OFFLOAD = {"optimizer": {"name": "cpu_adamw"}}
+ONCE = {"iterations": 1}
 
 
-def zero(stage: int, **keys) -> dict:
-    return {"engine": {"name": "deepspeed", "zero_stage": stage, **keys}}
-
-
-# 9 trajectories: 5 and 4 on two ranks
+# 9 trajectories: 5 and 4 on two ranks. Each stage, and each feature in one run at least, several of them in some
+KL_AND_AVERAGE = {"kl": {"weight": 1e-3}, "ema": {"decay": 0.5}}
 LIKE_TORCH = {
-    **{f"lora-{stage}": zero(stage) for stage in STAGES},
-    "layerwise": zero(3, rollout_parameters="layerwise") | FULL | {"memory": {"gradient_checkpointing": True}},
-    "kl-lora": zero(3) | {"kl": {"weight": 0.1}},
-    "kl-full": zero(2) | FULL | {"kl": {"weight": 1e-3}},
-    "average-1": zero(1) | FULL | {"ema": {"decay": 0.5}},
-    "average-3": zero(3) | {"ema": {"decay": 0.5}},
-    "offload-2": zero(2, offload_optimizer=True) | OFFLOAD,
+    **{f"lora-{stage}": zero(stage) for stage in (0, 1, 2)},
+    "kl-average-3": zero(3) | KL_AND_AVERAGE,
+    "kl-average-full-2": zero(2) | FULL | KL_AND_AVERAGE,
+    "layerwise": zero(3, rollout_parameters="layerwise") | FULL | {"memory": {"gradient_checkpointing": True}} | ONCE,
+    "offload-2": zero(2, offload_optimizer=True) | OFFLOAD | ONCE,
     "tracker": zero(2) | {"algorithm": "ppo"},
     "more-ranks-than-images": zero(3, rollout_parameters="layerwise")
-    | {"algorithm": "reinforce", "advantage": "none", "prompts_per_step": 1, "images_per_prompt": 1, "updates_per_rollout": 1},
+    | {"algorithm": "reinforce", "advantage": "none", "prompts_per_step": 1, "images_per_prompt": 1, "updates_per_rollout": 1}
+    | ONCE,
 }
 OTHERS_RESUMED = {
     "8bit-2": zero(2) | FULL | {"optimizer": {"name": "adamw8bit"}},
-    "8bit-3": zero(3) | FULL | {"optimizer": {"name": "adamw8bit"}},
-    "lion-1": zero(1) | FULL | {"optimizer": {"name": "lion8bit", "lr": 1e-3}},
-    "bf16-1": zero(1) | BF16,
-    "bf16-3": zero(3) | BF16,
+    "lion-bf16-1": zero(1) | BF16 | {"optimizer": {"name": "lion8bit", "lr": 1e-3}},
+    "8bit-bf16-3": zero(3) | BF16 | {"optimizer": {"name": "adamw8bit"}},
     "offload-3": zero(3, offload_optimizer=True, offload_parameters=True) | FULL | OFFLOAD,
 }
-RESUMED = {f"lora-{stage}": LIKE_TORCH[f"lora-{stage}"] for stage in STAGES} | OTHERS_RESUMED
+RESUMED = {name: LIKE_TORCH[name] for name in ("lora-0", "lora-1", "lora-2", "kl-average-3")} | OTHERS_RESUMED
+OF_STAGE = {stage: name for stage, name in enumerate(RESUMED) if stage < 4}
 
 
 @pytest.fixture(scope="session")
@@ -148,12 +77,12 @@ def base(tiny_sd) -> dict:
     return {
         "model": {"path": tiny_sd, "lora": {"rank": 2}},
         "prompts": {"source": "animals"},
-        "rewards": [{"name": "test_deepspeed:contrast"}],
+        "rewards": [{"name": "on_ranks:contrast"}],
         "eval": {"every": 9, "prompts": {"source": "animals", "limit": 3}, "images_per_prompt": 1, "grid": 3},
-        "sampling": {"steps": 4, "guidance_scale": 2.0},
+        "sampling": {"steps": 3, "guidance_scale": 2.0},
         "prompts_per_step": 3,
         "images_per_prompt": 3,
-        "memory": {"rollout_batch": 4, "update_batch": 5, "vae_batch": 4},
+        "memory": {"rollout_batch": 4, "update_batch": 6, "vae_batch": 4},
         "optimizer": {"lr": 1e-2},
         "clip_range": 1e-2,
         "tracking": {"tensorboard": False},
@@ -187,12 +116,13 @@ def alone(values: dict, folder: Path, resume: bool = False) -> Trainer:
 
 @pytest.mark.parametrize("name", LIKE_TORCH)
 def test_two_ranks_train_as_the_plain_engine_does(runs, base, tmp_path, name):
-    wanted = alone(merged(base, LIKE_TORCH[name]), tmp_path / "alone").folder
+    values = merged(base, LIKE_TORCH[name])
+    wanted, last = alone(values, tmp_path / "alone").folder, values["iterations"]
     start = weights(wanted, 0)
     assert equal(weights(runs / name, 0), start)
-    assert distance(weights(runs / name), weights(wanted), start) < 1e-3
-    if (wanted / "checkpoints" / "iteration-000002" / "ema.safetensors").exists():
-        averages = (weights(folder, name="ema") for folder in (runs / name, wanted))
+    assert distance(weights(runs / name, last), weights(wanted, last), start) < 1e-3
+    if "ema" in values:
+        averages = (weights(folder, last, "ema") for folder in (runs / name, wanted))
         assert distance(*averages, start) < 1e-3
     for mine, theirs in zip(metrics(runs / name), metrics(wanted), strict=True):
         assert mine.keys() == theirs.keys()
@@ -249,12 +179,12 @@ def test_a_resumed_run_equals_the_unbroken_one_bit_for_bit_and_with_cpu_adamw_to
 def test_a_run_goes_on_with_another_number_of_ranks_and_another_engine(runs, base, tmp_path):
     """The weights are carried over, the optimizer's state is not, and that is said."""
     folder = runs / "elsewhere"
-    values = merged(base, zero(3)) | {"output_dir": str(folder), "resume": str(runs / "lora-2"), "iterations": 3}
+    values = merged(base, zero(1)) | {"output_dir": str(folder), "resume": str(runs / "lora-2"), "iterations": 3}
     train_all(tmp_path, 3, [values])
     started, lost = json.loads((folder / "resumed.json").read_text())
     assert (started, lost) == (1, "the optimizer's state, which DeepSpeed on 2 ranks with engine.zero_stage=2 has written")
     trainer = alone({**base, "iterations": 4}, folder, resume=True)
-    assert trainer.not_carried_over == "the optimizer's state, which DeepSpeed on 3 ranks with engine.zero_stage=3 has written"
+    assert trainer.not_carried_over == "the optimizer's state, which DeepSpeed on 3 ranks with engine.zero_stage=1 has written"
     moved = [weights(runs / "elsewhere", i) for i in range(5)]
     assert not any(equal(one, other) for one, other in zip(moved, moved[1:], strict=False))
     rows = metrics(runs / "elsewhere")
@@ -311,10 +241,10 @@ def changed(runs, base, tmp_path_factory) -> Path:
 
     def resume(name: str, stage: int, change: Callable[[Path], object], refused: bool) -> None:
         source = folder / "from" / name
-        shutil.copytree(runs / f"lora-{stage}", source)
+        shutil.copytree(runs / OF_STAGE[stage], source)
         change(source / "checkpoints" / "iteration-000001")
         own = {"output_dir": str(folder / name), "resume": str(source), "refused": refused}
-        todo.append(merged(base, zero(stage)) | own)
+        todo.append(merged(base, RESUMED[OF_STAGE[stage]]) | own)
 
     def exchange(checkpoint: Path) -> None:
         shutil.rmtree(checkpoint / "deepspeed")
@@ -356,6 +286,23 @@ def test_a_checkpoint_that_does_not_say_its_steps_is_taken_as_before(changed, ru
     assert equal(weights(changed / "earlier"), weights(runs / "lora-2"))
 
 
+@pytest.mark.parametrize("files", ["mp_rank_00_model_states.pt", "zero_pp_rank_1_*optim_states.pt"])
+def test_a_resume_from_files_with_a_command_in_them_ends_in_one_line_with_code_2(runs, tmp_path, files):
+    folder = shutil.copytree(runs / "lora-2", tmp_path / "run")
+    checkpoint = folder / "checkpoints" / "iteration-000002"
+    plant(checkpoint, files, tmp_path / "ran")
+    args = ["--config", folder / "config.yaml", f"output_dir={folder}", "iterations=3", "--resume"]
+    started = start(2, tmp_path, "fastloop/train.py", *args)
+    codes = started.wait()
+    assert codes[1] == 2 and codes[0] in (1, 2)  # 1: ended because the other one had failed
+    errors = "".join(err for _, err in started.said())
+    whose = "rank 1: " if "rank_1" in files else ""  # which alone reads that one
+    assert [line for line in errors.splitlines() if line.startswith("fastloop:")] == [
+        f"fastloop: {whose}{unreadable(checkpoint, FOREIGN)}"
+    ]
+    assert "Traceback" not in errors and not (tmp_path / "ran").exists()
+
+
 def test_the_loss_scaler_of_fp16_is_read_and_the_environment_left_alone(tmp_path, monkeypatch):
     """fp16 itself needs a GPU."""
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
@@ -383,213 +330,3 @@ def test_a_json_that_has_other_code_read_checkpoints_is_refused(make_config, tmp
         deepspeed_settings(Batches(config, torch.arange(4)), 100)
     says = f"engine.deepspeed_config: {path}: {key}: it would read checkpoints by code that is not torch's: take it out"
     assert str(refused.value) == says
-
-
-# --- the command as typed ---------------------------------------------------------------------------------------------
-
-SHORT = [
-    "prompts_per_step=3",
-    "images_per_prompt=2",
-    "sampling.steps=6",
-    "iterations=2",
-    "checkpoint.every=1",
-    "checkpoint.keep=9",
-    "eval.prompts.limit=2",
-    "eval.images_per_prompt=1",
-    "eval.grid=2",
-    "memory.rollout_batch=2",
-    "tracking.tensorboard=false",
-]
-
-
-def recipe(stage: int, folder: Path, *more: str) -> list[str]:
-    keys = ["engine.name=deepspeed", f"engine.zero_stage={stage}", *SHORT, f"output_dir={folder}", *more]
-    return ["fastloop/train.py", "--config", "configs/shapes_loop.yaml", *keys]
-
-
-@pytest.fixture(scope="session")
-def bundled_alone(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("bundled")
-    done = [
-        sys.executable,
-        "fastloop/train.py",
-        "--config",
-        "configs/shapes_loop.yaml",
-        *SHORT,
-        f"output_dir={folder / 'run'}",
-    ]
-    subprocess.run(done, cwd=ROOT, env=environment(), check=True, capture_output=True)
-    return folder / "run"
-
-
-@pytest.fixture(scope="session")
-def bundled(tmp_path_factory) -> Path:
-    """The bundled model with ZeRO 2, six iterations without an interruption."""
-    folder = tmp_path_factory.mktemp("unbroken") / "run"
-    launch(2, *recipe(2, folder, "iterations=6"))
-    return folder
-
-
-def test_the_command_of_the_readme_trains_and_one_rank_speaks(bundled_alone, tmp_path):
-    done = launch(2, *recipe(2, tmp_path / "run"))
-    assert done.stdout.count("held-out score") == 3 and done.stdout.count("[2/2] reward") == 1
-    assert "Traceback" not in done.stdout + done.stderr
-    assert distance(weights(tmp_path / "run"), weights(bundled_alone), weights(bundled_alone, 0)) < 1e-3
-    run = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert run["status"] == "finished" and run["machine"]["ranks"] == 2
-
-
-def test_every_stage_trains_the_bundled_model(bundled_alone, tmp_path):
-    folders = {stage: tmp_path / str(stage) for stage in STAGES}
-    configs = [load_config(ROOT / keys[2], keys[3:]) for keys in (recipe(*item) for item in folders.items())]
-    train_all(tmp_path, 2, [config.model_dump(mode="json") for config in configs])
-    for folder in folders.values():
-        assert distance(weights(folder), weights(bundled_alone), weights(bundled_alone, 0)) < 1e-3
-
-
-def start_and_wait(folder: Path, line: str, *args) -> subprocess.Popen:
-    """A launcher in the background, once a line of its output begins so."""
-    log = folder.parent / "log.txt"
-    with log.open("w") as out:
-        process = subprocess.Popen(
-            command(2, *args), cwd=ROOT, env=environment(), stdout=out, stderr=subprocess.STDOUT, start_new_session=True
-        )
-    until = time.monotonic() + 120
-    while not any(text.startswith(line) for text in log.read_text().splitlines()):
-        assert process.poll() is None and time.monotonic() < until, log.read_text()[-3000:]
-        time.sleep(0.05)
-    return process
-
-
-def ranks_of(process: subprocess.Popen) -> list[psutil.Process]:
-    found = [child for child in psutil.Process(process.pid).children(recursive=True) if "--local_rank" in str(child.cmdline())]
-    return sorted(found, key=lambda child: child.environ()["RANK"])
-
-
-def test_killed_by_sigkill_of_a_rank_and_resumed_it_equals_the_unbroken_run(bundled, tmp_path):
-    args = recipe(2, tmp_path / "run", "iterations=6")
-    process = start_and_wait(tmp_path / "run", "[3/6]", *args)
-    ranks_of(process)[1].send_signal(signal.SIGKILL)
-    assert process.wait(60) != 0
-    assert weights(tmp_path / "run", 2)  # whole checkpoints are left
-    assert not (tmp_path / "run" / "checkpoints" / "iteration-000006").exists()
-    launch(2, *args, "--resume")
-    assert equal(weights(tmp_path / "run", 6), weights(bundled, 6))
-    assert [row["iteration"] for row in metrics(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
-
-
-@pytest.mark.parametrize("whom", ["launcher", "rank"])
-def test_stopped_by_sigterm_it_saves_and_resumed_it_equals_the_unbroken_run(bundled, tmp_path, whom):
-    args = recipe(2, tmp_path / "run", "iterations=6", "checkpoint.every=99")
-    process = start_and_wait(tmp_path / "run", "[2/6]", *args)
-    first = ranks_of(process)
-    (first[0].parent() if whom == "launcher" else first[1]).send_signal(signal.SIGTERM)
-    assert process.wait(60) != 0
-    run = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert run["status"] == "stopped" and re.fullmatch(r"stopped by SIGTERM after iteration [2-5]", run["message"])
-    saved = int(run["message"].split()[-1])
-    assert weights(tmp_path / "run", saved)
-    launch(2, *args, "--resume")
-    assert equal(weights(tmp_path / "run", 6), weights(bundled, 6))
-
-
-@pytest.mark.parametrize("files", ["mp_rank_00_model_states.pt", "zero_pp_rank_1_*optim_states.pt"])
-def test_a_resume_from_files_with_a_command_in_them_ends_in_one_line_with_code_2(bundled, tmp_path, files):
-    shutil.copytree(bundled, tmp_path / "run")
-    checkpoint = tmp_path / "run" / "checkpoints" / "iteration-000006"
-    plant(checkpoint, files, tmp_path / "ran")
-    done = launch(2, *recipe(2, tmp_path / "run", "iterations=6"), "--resume", code=2)
-    said = [line for line in done.stderr.splitlines() if line.startswith("fastloop:")]
-    whose = "rank 1: " if "rank_1" in files else ""  # which alone reads that one
-    assert said == [f"fastloop: {whose}{unreadable(checkpoint, FOREIGN)}"] and "Traceback" not in done.stdout + done.stderr
-    assert not (tmp_path / "ran").exists()
-
-
-def fails_on_the_second_rank(images, prompts, metadata):
-    """A reward of these tests."""
-    if os.environ["RANK"] == "1":
-        raise ConnectionError("the judge is away")
-    return images.mean((1, 2, 3))
-
-
-def test_a_failure_on_one_rank_ends_all_with_its_own_message(tmp_path):
-    args = recipe(3, tmp_path / "run", 'rewards=[{name: "test_deepspeed:fails_on_the_second_rank"}]')
-    started = time.monotonic()
-    done = launch(2, *args, code=1)
-    assert time.monotonic() - started < 90
-    said = [line for line in done.stderr.splitlines() if line.startswith("fastloop:")]
-    assert len(said) == 1 and "Traceback" not in done.stderr
-    name = "test_deepspeed:fails_on_the_second_rank"
-    message = rf"rank 1: reward {name} failed for the prompt '.*': ConnectionError: the judge is away"
-    assert re.fullmatch(f"fastloop: {message}", said[0])
-    run = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert run["status"] == "failed" and re.search(message, run["message"])
-
-
-def test_bad_input_is_one_line_of_one_rank(tmp_path):
-    done = launch(2, *recipe(2, tmp_path / "run", "model.path=/nowhere"), code=2)
-    said = [line for line in done.stderr.splitlines() if line.startswith("fastloop:")]
-    assert said == ["fastloop: model.path: no folder /nowhere: give a diffusers folder, a hub id OWNER/NAME, or assets:shapes"]
-    assert not (tmp_path / "run").exists()
-
-
-def test_several_ranks_need_the_engine_for_them(tmp_path):
-    done = launch(2, *recipe(2, tmp_path / "run", "engine={name: torch}"), code=2)
-    assert "fastloop: engine.name: torch is for one process, the launcher started 2: set it to deepspeed" in done.stderr
-
-
-def test_ranks_leave_with_exit_code_0_whenever_they_look_for_failures(tmp_path):
-    """Looking without pause, so that Python would end in the middle of a look."""
-    lines = ["from fastloop import ranks", "ranks._POLL = 0.0", "with ranks.Ranks.join() as joined:", "    joined.wait()"]
-    script = tmp_path / "leave.py"
-    script.write_text("\n".join(lines))
-    for _ in range(3):
-        launch(3, script)
-
-
-def test_two_machines_without_ssh_make_one_run(bundled_alone, tmp_path):
-    """Two launchers, as on two machines, each with the hostfile and its number."""
-    hosts = tmp_path / "hosts"
-    hosts.write_text("first slots=1\nsecond slots=1\n")
-    launcher, *_, port = command(1)
-    start = [launcher, "--hostfile", str(hosts), "--no_ssh", "--master_addr", "127.0.0.1", "--master_port", port]
-    machines = [
-        subprocess.Popen(
-            [*start, "--node_rank", str(number), *recipe(1, tmp_path / "run")],
-            cwd=ROOT,
-            env=environment(),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for number in range(2)
-    ]
-    said = [machine.communicate(timeout=300)[0] for machine in machines]
-    assert [machine.returncode for machine in machines] == [0, 0], said
-    assert [text.count("[2/2] reward") for text in said] == [1, 0]
-    assert distance(weights(tmp_path / "run"), weights(bundled_alone), weights(bundled_alone, 0)) < 1e-3
-
-
-def test_the_variables_that_slurm_can_set_are_enough(bundled_alone, tmp_path):
-    port = command(1)[-1]
-    own = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, *recipe(2, tmp_path / "run")],
-            cwd=ROOT,
-            env=environment() | own | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    said = [rank.communicate(timeout=300)[0] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], said
-    assert distance(weights(tmp_path / "run"), weights(bundled_alone), weights(bundled_alone, 0)) < 1e-3
-
-
-def test_one_process_needs_no_launcher(bundled_alone, tmp_path):
-    done = [sys.executable, *recipe(2, tmp_path / "run")]
-    subprocess.run(done, cwd=ROOT, env=environment(), check=True, capture_output=True, timeout=300)
-    assert distance(weights(tmp_path / "run"), weights(bundled_alone), weights(bundled_alone, 0)) < 1e-3

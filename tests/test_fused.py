@@ -19,6 +19,7 @@ from step_cases import (
     case,
     close,
     gradients,
+    pairwise,
     policy_loss,
     sampled,
     trajectories,
@@ -61,10 +62,7 @@ def test_the_noise_of_a_step_depends_on_seed_trajectory_and_step_alone():
 # --- one step ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize("guided", [True, False])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape, dtype, guided, channels_last", pairwise(SHAPES, DTYPES, (True, False), (False, True)))
 def test_a_step_is_the_twins(shape, dtype, guided, channels_last):
     inputs = case(shape, dtype=dtype, guided=guided, channels_last=channels_last)
     x_prev, log_prob = sampled(inputs)
@@ -91,10 +89,7 @@ def test_extreme_sigmas_give_the_twins_log_probs(sigma):
 # --- the ratio starts at exactly 1 ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
-@pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape, dtype, channels_last, objective", pairwise(SHAPES, DTYPES, (False, True), OBJECTIVES))
 def test_both_kernels_and_the_twin_give_the_same_log_prob_bit_for_bit(shape, dtype, channels_last, objective):
     inputs = case(shape, dtype=dtype, channels_last=channels_last)
     _, log_prob = sampled(inputs)
@@ -133,10 +128,7 @@ def test_the_batch_a_pair_falls_in_changes_nothing():
 # --- the loss ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize("guided", [True, False])
-@pytest.mark.parametrize("objective", OBJECTIVES)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype, objective, guided, channels_last", pairwise(DTYPES, OBJECTIVES, (True, False), (False, True)))
 def test_losses_gradients_and_statistics_are_the_twins(dtype, objective, guided, channels_last):
     arguments = update(case((4, 32, 33), dtype=dtype, guided=guided, channels_last=channels_last))
     terms, grads = gradients(fused, arguments, objective)
@@ -363,17 +355,17 @@ def test_triton_where_it_cannot_run_is_refused_with_the_reason(monkeypatch):
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="tests/gpu has this for a GPU, where the UNet rounds too")
 @pytest.mark.parametrize(
-    "changes", [{"algorithm": "loop"}, {"objective": "kl_mask", "clip_range": 1e-9}, {"algorithm": "rloo"}]
+    "changes", [{"algorithm": "loop"}, {"objective": "kl_mask", "clip_range": 1e-9, "sampling": {"guidance_scale": 1.0}}]
 )
 def test_a_run_with_the_kernels_gives_the_losses_of_the_reference(make_config, tmp_path, monkeypatch, changes):
     # the UNet's kernels would take minutes in the interpreter: tests/test_fused_unet.py has them
     monkeypatch.setattr("fastloop.kernels.unet.fuse_unet", lambda unet: 0)
     rows = {}
     for name in ("reference", "triton"):
-        config = make_config(
-            **{"iterations": 2, "kernels": name, "output_dir": str(tmp_path / name), "clip_range": 1e-6} | changes
-        )
-        folder = Trainer(config, resume=False).train()
+        small = {"sampling": {"steps": 2}, "eval": {"every": 9, "prompts": {"source": "animals", "limit": 1}}}
+        small["sampling"] |= changes.get("sampling", {})
+        config = make_config(**{"kernels": name, "output_dir": str(tmp_path / name), "clip_range": 1e-6} | changes | small)
+        folder = Trainer(config, leave_out=("report", "export")).train()
         rows[name] = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     for got, want in zip(rows["triton"], rows["reference"], strict=True):
         for key in ("reward/mean", "policy/loss", "policy/ratio_mean", "policy/clipfrac", "policy/clipfrac_high"):

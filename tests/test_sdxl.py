@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +11,9 @@ import pytest
 import torch
 from conftest import make_sdxl
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline
+from on_ranks import train_all, zero
+from run_files import distance, equal, weights
 from safetensors.torch import load_file, save_file
-from test_deepspeed import ROOT, distance, environment, equal, train_all, weights, zero
 
 from fastloop.config import ModelConfig, SamplingConfig
 from fastloop.denoisers import build_skeleton, load_denoiser
@@ -380,9 +379,7 @@ def test_deepspeed_trains_lora_and_full_on_two_ranks_and_on_one_and_resumes_exac
             ("resumed", full, {"resume": str(tmp_path / "full")}),
         )
     )
-    (tmp_path / "one.json").write_text(json.dumps([one]))
-    alone = [sys.executable, "tests/train_all.py", str(tmp_path / "one.json")]
-    subprocess.run(alone, cwd=ROOT, env=environment(), check=True, capture_output=True)
+    train_all(tmp_path, 1, [one])
     train_all(tmp_path, 2, two)
     same = {key: ON_RANKS[key] for key in SHARED}
     for adapter, names in (("lora", ("one", "lora")), ("full", ("full",))):

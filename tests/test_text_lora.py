@@ -6,8 +6,9 @@ import json
 
 import pytest
 import torch
+from on_ranks import train_all, zero
+from run_files import distance, equal, weights
 from safetensors.torch import load_file
-from test_deepspeed import distance, equal, train_all, weights, zero
 from test_sd import stock as stock_sd
 from test_sdxl import FEW, ON_RANKS, SHARED, levels, pictures, stock, stock_run
 
