@@ -133,7 +133,7 @@ class Traced:
             for module in skeleton.parts.values():
                 if self._engine_casts and module in skeleton.trained_parts.values():
                     module.to(DTYPES[config.model.dtype])
-                _make_fake(module)
+                make_fake(module)
             skeleton.device = torch.device("cpu")  # autocast and the choice of operators go by it
             if self._engine_casts:
                 skeleton.forward = lambda *args, **kwargs: skeleton.network(*args, **kwargs)  # as in an engine: no autocast
@@ -223,7 +223,7 @@ def _upcast_norms(network: torch.nn.Module) -> None:
             module.float().register_forward_pre_hook(lambda _, args: (args[0].float(), *args[1:]))
 
 
-def _make_fake(module: torch.nn.Module) -> None:
+def make_fake(module: torch.nn.Module) -> None:
     """Gives a module fake tensors in place of its own; within the mode that makes them."""
     for m in module.modules():
         for name, p in m._parameters.items():
