@@ -1,4 +1,4 @@
-"""The documents name every key, every metric, and only files that exist."""
+"""The documents name every metric, and only files that exist."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from fastloop.config import Config
-from fastloop.recipes import _model_of
 from fastloop.tracking import read_rows
 from fastloop.trainer import Trainer
 
@@ -40,20 +38,6 @@ def test_anchors_exist():
     for page in PAGES:
         for file, anchor in re.findall(r"\]\(([\w./]*)#([\w-]+)\)", page.read_text()):
             assert anchor in anchors(page.parent / file if file else page), f"{page.name}: {file}#{anchor}"
-
-
-def test_every_key_of_the_configuration_has_a_row():
-    rows = set(re.findall(r"^\| `(\w+)` \|", (ROOT / "docs/config.md").read_text(), re.M))
-    sections = set(re.findall(r"^## (?:\w+\.)?(\w+)$", (ROOT / "docs/config.md").read_text(), re.M))
-
-    def missing(model):
-        for name, field in model.model_fields.items():
-            if name not in rows | sections:
-                yield name
-            if below := _model_of(field.annotation):
-                yield from missing(below)
-
-    assert list(missing(Config)) == []
 
 
 def test_every_metric_is_defined(make_config):
