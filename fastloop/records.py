@@ -27,7 +27,7 @@ class Pace:
         self.evaluation = 0.0  # seconds of the last one
 
     def line(self, iteration: int, metrics: dict[str, float]) -> str:
-        """What is printed of a finished iteration; its pace counts from now on."""
+        """Return what is printed of a finished iteration; its pace counts from now on."""
         self._iterations.append(metrics["time/iteration"])
         left = self.config.iterations - iteration
         seconds = left * float(np.mean(self._iterations)) + math.ceil(left / self.config.eval.every) * self.evaluation
@@ -46,7 +46,7 @@ class Pace:
 def save_samples(
     folder: Path, iteration: int, result: Evaluation, prompts: list[Prompt], rewards: Rewards, tracker: Tracker
 ) -> None:
-    """Writes the first image of each of these prompts as its own file, all of them as a grid, and before/after.
+    """Write the first image of each of these prompts as its own file, all of them as a grid, and before/after.
 
     Args:
         folder: RUN/samples. prompts: the first ones of the evaluation. rewards: those of the evaluation.
@@ -77,7 +77,7 @@ def save_samples(
 
 
 def duration(seconds: float) -> str:
-    """A length of time for people: 45 s, 3 min 20 s, 2 h 05 min."""
+    """Write a length of time for people: 45 s, 3 min 20 s, 2 h 05 min."""
     minutes, rest = divmod(round(seconds), 60)
     if minutes < 1:
         return f"{rest} s"

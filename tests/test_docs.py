@@ -1,7 +1,8 @@
-"""The documents name every metric, and only files that exist."""
+"""The documents name every metric, and only files that exist; what is public says what it does."""
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
@@ -56,3 +57,21 @@ def test_every_test_that_reliability_names_is_there():
         functions = re.findall(r"^def (test_\w+)", (ROOT / "tests" / file).read_text(), re.M)
         for word in words.strip('"').split(" or "):
             assert any(word in function for function in functions), (file, word)
+
+
+def test_what_is_public_has_a_docstring_and_of_functions_it_begins_with_a_verb():
+    no_verbs = {"", "An", "As", "At", "Every", "How", "Of", "The", "This", "What", "When", "Where", "Whether", "Why", "Within"}
+
+    def public(body):
+        for node in body:
+            if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and not node.name.startswith("_"):
+                yield node
+                yield from public(node.body if isinstance(node, ast.ClassDef) else [])
+
+    for path in [*(ROOT / "fastloop").rglob("*.py"), *(ROOT / "kernels").glob("*.py")]:
+        for node in public(ast.parse(path.read_text()).body):
+            says = ast.get_docstring(node)
+            assert says, f"{path}:{node.lineno}: {node.name} has no docstring"
+            if not isinstance(node, ast.ClassDef) and not any("property" in ast.unparse(d) for d in node.decorator_list):
+                first = re.match(r"(?:[A-Z][a-z]+\b)?", says)[0]
+                assert first not in no_verbs, f"{path}:{node.lineno}: begin with a verb, as in 'Return ...'"

@@ -33,6 +33,7 @@ class ImageReward(ModelReward):
         self.weights, self.tokenizer_path = check_file(weights), source(tokenizer)
 
     def load(self) -> None:
+        """Load both encoders and the head from the checkpoint, and the tokenizer."""
         from transformers import AutoTokenizer
 
         self.tokenizer = from_files(AutoTokenizer, self.tokenizer_path)
@@ -45,6 +46,7 @@ class ImageReward(ModelReward):
         self.pixels = Pixels(self.vision.config.image_size, "crop")
 
     def score(self, images: np.ndarray, prompts: list[str], metadata: list[dict]) -> torch.Tensor:
+        """Return the standardised scores, float32 (n,)."""
         tokens = self.tokenizer(prompts, padding="max_length", truncation=True, max_length=MAX_TOKENS, return_tensors="pt")
         tokens = tokens.to(self.device)
         seen = self.vision(self.pixels(images).to(self.device, self.dtype)).last_hidden_state
@@ -72,7 +74,7 @@ _AROUND = {
 
 
 def split_image_reward(tensors: dict[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
-    """The tensors of ImageReward.pt as those of transformers' BlipVisionModel and BlipTextModel and of the head.
+    """Rename the tensors of ImageReward.pt as those of transformers' BlipVisionModel and BlipTextModel and of the head.
 
     Raises:
         ValueError: a name that the checkpoint does not have.
@@ -97,7 +99,10 @@ def split_image_reward(tensors: dict[str, torch.Tensor]) -> dict[str, dict[str, 
 
 
 def blip_encoders(parts: dict[str, dict[str, torch.Tensor]]) -> tuple[torch.nn.Module, torch.nn.Module]:
-    """Vision and text encoder in the sizes of their tensors, on the meta device. Heads have 64 channels, as in every BLIP."""
+    """Make the vision and text encoder in the sizes of their tensors, on the meta device.
+
+    Heads have 64 channels, as in every BLIP.
+    """
     from transformers import BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
     vision, text = parts["vision"], parts["text"]
@@ -155,10 +160,11 @@ class BlipVqa(ModelReward):
         self._find = cache(by_rule if noun_phrases == "rule" else BySpacy())
 
     def phrases(self, prompt: str) -> list[str]:
+        """Return the noun phrases of a prompt that are asked about, at most ``max_phrases``."""
         return self._find(prompt)[: self.max_phrases]
 
     def validate(self, prompts: list[str], size: tuple[int, int]) -> None:
-        """Raises ``ValueError`` for the first prompt that names nothing."""
+        """Raise ``ValueError`` for the first prompt that names nothing."""
         for prompt in prompts:
             if not self.phrases(prompt):
                 raise ValueError(
@@ -166,6 +172,7 @@ class BlipVqa(ModelReward):
                 )
 
     def load(self) -> None:
+        """Load model and tokenizer. Raises ``ValueError`` where the tokenizer does not know yes and no."""
         from transformers import AutoTokenizer, BlipForQuestionAnswering
 
         self.model = self.pretrained(BlipForQuestionAnswering, self.model_path)
@@ -176,6 +183,7 @@ class BlipVqa(ModelReward):
             raise ValueError(f"the tokenizer of {self.model_path} does not know yes and no as words")
 
     def score(self, images: np.ndarray, prompts: list[str], metadata: list[dict]) -> torch.Tensor:
+        """Return the products of P(yes), float64 (n,), each over the phrases of a prompt."""
         seen = self.model.vision_model(self.pixels(images).to(self.device, self.dtype)).last_hidden_state
         # by their length: transformers' cross attention looks at the padding of a shorter question
         asked: dict[int, list[tuple[int, list[int]]]] = {}

@@ -59,11 +59,13 @@ class Aesthetic(_Clip):
         self.head = check_file(head)
 
     def load(self) -> None:
+        """Load CLIP and the linear head."""
         super().load()
         predictor = Predictor(self.clip.config.projection_dim)
         self.predictor = load_exactly(predictor, read_tensors(self.head), self.head).float().to(self.device)
 
     def score(self, images, prompts, metadata) -> torch.Tensor:
+        """Return the predicted ratings, float32 (n,)."""
         return self.predictor(self.of_images(images))
 
 
@@ -74,6 +76,7 @@ class ClipScore(_Clip):
         super().__init__(model, **rest)
 
     def score(self, images, prompts, metadata) -> torch.Tensor:
+        """Return 100 max(cosine, 0), float32 (n,)."""
         return 100 * self.cosine(images, prompts).clamp(min=0)
 
 
@@ -84,6 +87,7 @@ class PickScore(_Clip):
         super().__init__(model, processor, **rest)
 
     def score(self, images, prompts, metadata) -> torch.Tensor:
+        """Return the scaled cosines, float32 (n,)."""
         return self.clip.logit_scale.float().exp() * self.cosine(images, prompts)
 
 
@@ -99,10 +103,12 @@ class HPSv2(_Clip):
         self.weights = check_file(weights)
 
     def load(self) -> None:
+        """Load CLIP, and pad pictures as the published code does."""
         super().load()
         self.pixels = Pixels(self.pixels.size, "pad", self.pixels.mean, self.pixels.std)
 
     def load_clip(self):
+        """Make a CLIP of the model's sizes with the weights of the open_clip checkpoint."""
         from transformers import CLIPConfig, CLIPModel
 
         with torch.device("meta"):
@@ -111,6 +117,7 @@ class HPSv2(_Clip):
         return load_exactly(clip, tensors, self.weights).to(self.device, self.dtype)
 
     def score(self, images, prompts, metadata) -> torch.Tensor:
+        """Return the cosines, float32 (n,)."""
         return self.cosine(images, prompts)
 
 
@@ -136,7 +143,7 @@ _BLOCKS = {
 
 
 def from_open_clip(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors of an open_clip model with a ViT under the names of transformers' CLIPModel.
+    """Return the tensors of an open_clip model with a ViT under the names of transformers' CLIPModel.
 
     open_clip keeps query, key and value of a block in one matrix, and multiplies by the projections from the right.
 

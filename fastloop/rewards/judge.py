@@ -27,6 +27,7 @@ class VlmJudge(ModelReward):
             raise ValueError(f"question {question!r} is no template: {error}; braces are for {{prompt}}") from None
 
     def load(self) -> None:
+        """Load model and processor. Raises ``ValueError`` where they cannot chat or do not tell yes from no."""
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
         self.processor = from_files(AutoProcessor, self.model_path)
@@ -50,6 +51,7 @@ class VlmJudge(ModelReward):
         return firsts - {None, tokenizer.unk_token_id}
 
     def score(self, images: np.ndarray, prompts: list[str], metadata: list[dict]) -> torch.Tensor:
+        """Return P(yes) / (P(yes) + P(no)) of each answer's first token, float32 (n,)."""
         chats = []
         for image, prompt, more in zip(images, prompts, metadata, strict=True):
             asked = self.question.format_map({**more, "prompt": prompt})

@@ -74,11 +74,15 @@ class Remote:
                 raise ValueError(f"token_env: {error}") from None
 
     def start(self) -> None:
-        """Asks the server whether it is there. Raises ``RunFailed`` where it is not."""
+        """Ask the server whether it is there. Raises ``RunFailed`` where it is not."""
         self._ask("/health", None)
 
     def __call__(self, images: np.ndarray, prompts: list[str], metadata: list[dict]) -> np.ndarray:
-        """Raises ``RunFailed`` where the server cannot be asked, or its answer cannot be used."""
+        """Score pictures, uint8 (n, height, width, 3): float64 (n,).
+
+        Raises:
+            RunFailed: the server cannot be asked, or its answer cannot be used.
+        """
         parts = []
         for i in range(0, len(images), self.batch):
             some = slice(i, i + self.batch)
@@ -131,7 +135,7 @@ class Remote:
 
 
 def read_token(variable: str) -> str:
-    """Reads a bearer token from an environment variable.
+    """Read a bearer token from an environment variable.
 
     Raises:
         ValueError: the variable is not set, or holds what no header can carry. The message has its name and never its value.
