@@ -105,7 +105,7 @@ def evaluate(
         keep="none",
     )
     scores = gather_scores(rewards, ranks, len(repeated))
-    images = ranks.whole(sampled.images[: len(ranks.share(len(repeated)))], len(repeated))
+    images = ranks.gather_shares(sampled.images[: len(ranks.share(len(repeated)))], len(repeated))
     shape = (len(prompts), m)
     terms = {name: values.reshape(shape) for name, values in scores.terms.items()}
     images = images.reshape(*shape, *images.shape[1:])

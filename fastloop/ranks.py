@@ -110,7 +110,7 @@ class Ranks:
         self._talk(dist.all_gather, found, mine, group=self._group)
         return torch.stack(found).numpy()
 
-    def whole(self, parts: np.ndarray, n: int) -> np.ndarray:
+    def gather_shares(self, parts: np.ndarray, n: int) -> np.ndarray:
         """Return all of n things, in order, on every rank; each gives those of its `share`."""
         even = np.zeros((-(-n // self.world), *parts.shape[1:]), parts.dtype)
         even[: len(parts)] = parts

@@ -250,7 +250,7 @@ def gather_scores(rewards: Rewards, ranks: Ranks, n: int) -> Scores:
         failure = error
     if message := ranks.first_message(str(failure) if failure else ""):
         raise failure or RewardFailed(message)
-    return rewards.total({name: ranks.whole(values, n) for name, values in own.items()})
+    return rewards.total({name: ranks.gather_shares(values, n) for name, values in own.items()})
 
 
 def sampler_table(model: ModelConfig, sampling: SamplingConfig, steps: int | None = None) -> TransitionTable:

@@ -226,7 +226,7 @@ class Trainer:
 
     def _image_metrics(self, trajectories: Trajectories, n: int) -> dict[str, float]:
         values = image_statistics(trajectories.images[: len(self.ranks.share(n))])
-        return {name: float(self.ranks.whole(of_share, n).mean()) for name, of_share in values.items()}
+        return {name: float(self.ranks.gather_shares(of_share, n).mean()) for name, of_share in values.items()}
 
     def _log(self, metrics: dict[str, float]) -> None:
         if not self.ranks.main:

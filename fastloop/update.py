@@ -95,12 +95,12 @@ class PolicyUpdate:
         skipped = total - sum(int(teaches[update].sum()) for update in updates)
         quiet = None if self.ranks.main else True  # None: only where there is a terminal
         with tqdm(total=total - skipped, desc="  update", leave=False, disable=quiet) as bar:
-            for whole in updates:
-                update = whole[teaches[whole]]
+            for rows in updates:
+                update = rows[teaches[rows]]
                 if len(update) == 0:
                     continue
                 batches = micro_batches(update, self.rows, self.ranks, config.images_per_rollout, config.memory.update_batch)
-                seen = self.add_gradients(batches, len(whole), transitions, own, text, bar)
+                seen = self.add_gradients(batches, len(rows), transitions, own, text, bar)
                 found.append(self._of_ranks(dict(zip(names, seen.cpu().double().numpy().T, strict=True))))
                 ran.append(len(update))
                 if len(ran) == 1:

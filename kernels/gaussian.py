@@ -171,7 +171,7 @@ def model_layout(cond: torch.Tensor, uncond: torch.Tensor | None):
     return cond, uncond, 0
 
 
-def check(
+def check_arguments(
     latents: dict[str, torch.Tensor], outputs: dict[str, torch.Tensor | None], rows: dict[str, torch.Tensor | None]
 ) -> None:
     """Refuse what the kernels would read wrongly.

@@ -386,7 +386,7 @@ def policy_loss(
         raise ValueError("kl_mask: needs trajectory and step, which key the noise that sampled x_prev")
     vectors = ("a", "b", "sigma", "log_prob_old", "advantage", "trajectory", "step")
     of_rows = {name: getattr(batch, name) for name in vectors}
-    gaussian.check({"x_t": batch.x_t, "x_prev": batch.x_prev}, {"cond": cond, "uncond": uncond}, of_rows)
+    gaussian.check_arguments({"x_t": batch.x_t, "x_prev": batch.x_prev}, {"cond": cond, "uncond": uncond}, of_rows)
     loss, log_prob, ratio, _, statistics = _policy_loss(
         cond, uncond, batch.x_t, batch.x_prev, batch.a, batch.b, batch.sigma, float(guidance), batch.log_prob_old,
         batch.advantage, float(clip_range), objective, gaussian.signed(seed), batch.trajectory, batch.step,

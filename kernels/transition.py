@@ -164,5 +164,5 @@ def sample_transition(
         ValueError: an argument has the wrong shape, dtype or device.
     """
     rows = {"a": a, "b": b, "sigma": sigma, "trajectory": trajectory}
-    gaussian.check({"x_t": x_t}, {"cond": cond, "uncond": uncond}, rows)
+    gaussian.check_arguments({"x_t": x_t}, {"cond": cond, "uncond": uncond}, rows)
     return _sample_transition(cond, uncond, x_t, a, b, sigma, float(guidance), gaussian.signed(seed), trajectory, step)

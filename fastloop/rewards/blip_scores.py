@@ -8,7 +8,16 @@ from functools import cache
 import numpy as np
 import torch
 
-from fastloop.rewards.models import ModelReward, Pixels, Predictor, check_file, from_files, load_exactly, read_tensors, source
+from fastloop.rewards.models import (
+    ModelReward,
+    Pixels,
+    Predictor,
+    file_or_id,
+    folder_or_id,
+    from_files,
+    load_exactly,
+    read_tensors,
+)
 from fastloop.rewards.noun_phrases import BySpacy, by_rule
 
 MAX_TOKENS = 35  # of a prompt or a question, as both were trained
@@ -30,7 +39,7 @@ class ImageReward(ModelReward):
         **rest,
     ) -> None:
         super().__init__(**rest)
-        self.weights, self.tokenizer_path = check_file(weights), source(tokenizer)
+        self.weights, self.tokenizer_path = file_or_id(weights), folder_or_id(tokenizer)
 
     def load(self) -> None:
         """Load both encoders and the head from the checkpoint, and the tokenizer."""
@@ -154,7 +163,7 @@ class BlipVqa(ModelReward):
         **rest,
     ) -> None:
         super().__init__(**rest)
-        self.model_path, self.max_phrases = source(model), max_phrases
+        self.model_path, self.max_phrases = folder_or_id(model), max_phrases
         if noun_phrases not in ("rule", "spacy"):
             raise ValueError(f"noun_phrases {noun_phrases!r} is not rule or spacy")
         self._find = cache(by_rule if noun_phrases == "rule" else BySpacy())

@@ -5,7 +5,16 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from fastloop.rewards.models import ModelReward, Pixels, Predictor, check_file, from_files, load_exactly, read_tensors, source
+from fastloop.rewards.models import (
+    ModelReward,
+    Pixels,
+    Predictor,
+    file_or_id,
+    folder_or_id,
+    from_files,
+    load_exactly,
+    read_tensors,
+)
 
 VIT_L = "openai/clip-vit-large-patch14"
 VIT_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
@@ -16,8 +25,8 @@ class _Clip(ModelReward):
 
     def __init__(self, model: str, processor: str | None = None, **rest) -> None:
         super().__init__(**rest)
-        self.model = source(model)
-        self.processor = source(processor) if processor else self.model
+        self.model = folder_or_id(model)
+        self.processor = folder_or_id(processor) if processor else self.model
 
     def load(self) -> None:
         from transformers import AutoTokenizer
@@ -56,7 +65,7 @@ class Aesthetic(_Clip):
 
     def __init__(self, model: str = VIT_L, head: str = "trl-lib/ddpo-aesthetic-predictor/aesthetic-model.pth", **rest) -> None:
         super().__init__(model, **rest)
-        self.head = check_file(head)
+        self.head = file_or_id(head)
 
     def load(self) -> None:
         """Load CLIP and the linear head."""
@@ -100,7 +109,7 @@ class HPSv2(_Clip):
 
     def __init__(self, weights: str = "xswu/HPSv2/HPS_v2.1_compressed.pt", model: str = VIT_H, **rest) -> None:
         super().__init__(model, **rest)
-        self.weights = check_file(weights)
+        self.weights = file_or_id(weights)
 
     def load(self) -> None:
         """Load CLIP, and pad pictures as the published code does."""

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from fastloop.rewards.models import ModelReward, from_files, source
+from fastloop.rewards.models import ModelReward, folder_or_id, from_files
 
 QUESTION = 'Does this picture show "{prompt}"? Answer with yes or no.'
 
@@ -20,7 +20,7 @@ class VlmJudge(ModelReward):
 
     def __init__(self, model: str = "HuggingFaceTB/SmolVLM-500M-Instruct", question: str = QUESTION, **rest) -> None:
         super().__init__(**{"batch": 4, **rest})
-        self.model_path, self.question = source(model), question
+        self.model_path, self.question = folder_or_id(model), question
         try:
             question.format_map(_Anything())
         except (ValueError, IndexError, AttributeError) as error:

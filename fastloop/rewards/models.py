@@ -102,7 +102,7 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def source(path: str) -> str:
+def folder_or_id(path: str) -> str:
     """Return a local folder, or a hub id OWNER/NAME. Raises ``ValueError`` for what is neither."""
     folder = Path(path).expanduser()
     if folder.is_dir():
@@ -114,7 +114,7 @@ def source(path: str) -> str:
     return path
 
 
-def check_file(path: str) -> str:
+def file_or_id(path: str) -> str:
     """Return a local file, or one on the hub as OWNER/NAME/FILE. Raises ``ValueError`` for what is neither."""
     file = Path(path).expanduser()
     if file.is_file():

@@ -6,7 +6,7 @@ from functools import partial
 
 import numpy as np
 
-from fastloop.shapes.checker import check
+from fastloop.shapes.checker import assess
 from fastloop.shapes.grammar import CATEGORIES, parse
 from fastloop.shapes.renderer import SIZE
 
@@ -36,11 +36,11 @@ class Shapes:
 
     def __call__(self, images, prompts, metadata) -> np.ndarray:
         """Score pictures, uint8 (n, 64, 64, 3): float64 (n,)."""
-        return np.array([check(prompt, image).score for prompt, image in zip(prompts, images, strict=True)])
+        return np.array([assess(prompt, image).score for prompt, image in zip(prompts, images, strict=True)])
 
     def explain(self, image: np.ndarray, prompt: str) -> str:
         """Say in one line what of a prompt a picture, uint8 (64, 64, 3), fulfils."""
-        return check(prompt, image).reason
+        return assess(prompt, image).reason
 
 
 def of_category(category: str) -> partial:

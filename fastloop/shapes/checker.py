@@ -75,7 +75,7 @@ def find_objects(image: np.ndarray) -> list[Found]:
     return sorted(found, key=lambda o: -o.area)
 
 
-def check(prompt: str, image: np.ndarray) -> Verdict:
+def assess(prompt: str, image: np.ndarray) -> Verdict:
     """Say how far a picture (uint8, (64, 64, 3)) fulfils a prompt. Raises ``ValueError`` for one outside the grammar."""
     request = parse(prompt)
     found = find_objects(image)

@@ -227,7 +227,7 @@ def train_denoiser(pipeline: StableDiffusionPipeline, args: argparse.Namespace, 
 @torch.no_grad()
 def score(pipeline: StableDiffusionPipeline, per_category: int = 40) -> dict[str, float]:
     """Return the held-out score per category with stock diffusers sampling: 10 DDIM steps, eta 1, guidance 3."""
-    from fastloop.shapes.checker import check
+    from fastloop.shapes.checker import assess
     from fastloop.shapes.grammar import split
 
     modules = (pipeline.unet, pipeline.text_encoder, pipeline.vae)
@@ -247,7 +247,7 @@ def score(pipeline: StableDiffusionPipeline, per_category: int = 40) -> dict[str
             generator=torch.Generator().manual_seed(4),
         ).images
         images = np.round(images * 255).astype(np.uint8)
-        scores[category] = round(float(np.mean([check(p, im).score for p, im in zip(prompts, images, strict=True)])), 4)
+        scores[category] = round(float(np.mean([assess(p, im).score for p, im in zip(prompts, images, strict=True)])), 4)
     scores["mean"] = round(float(np.mean(list(scores.values()))), 4)
     for module in modules[:2]:
         module.train()
