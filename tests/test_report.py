@@ -15,6 +15,7 @@ from PIL import Image
 
 from fastloop.grids import before_after_grid, image_grid
 from fastloop.report import write_report
+from fastloop.report.formats import duration
 from fastloop.tracking import Tracker
 
 INJECTION = "<script>alert('x')</script> & \"quoted\""
@@ -325,6 +326,21 @@ def test_every_second_is_counted_once_and_those_of_evaluations_too(page):
     assert times["Other"] == "42.0\u00a0s"  # 60 x 0.7 s
     parts = [float(per_iteration[name]) for name in list(times)[:-1]]
     assert float(per_iteration["Total"]) == pytest.approx(sum(parts), abs=0.005)
+
+
+@pytest.mark.parametrize(
+    "seconds, text",
+    [
+        (9, "9.0 s"),
+        (59.4, "59.4 s"),
+        (59.97, "1 min 0 s"),
+        (200.4, "3 min 20 s"),
+        (7529, "2 h 5 min"),
+        (math.nan, "not recorded"),
+    ],
+)
+def test_a_length_of_time_has_its_two_largest_units(seconds, text):
+    assert duration(seconds).replace("\u00a0", " ") == text
 
 
 def test_the_wall_time_is_that_of_the_latest_row(tmp_path):
