@@ -44,6 +44,7 @@ setup(
         "diffusers>=0.37",
         "transformers>=5",
         "peft>=0.15",
+        "httpx2>=2",
         "accelerate>=1.0",
         "safetensors>=0.5",
         "pydantic>=2.9",

@@ -27,13 +27,13 @@ from PIL import Image
 from trl import DDPOConfig, DDPOTrainer, DefaultDDPOStableDiffusionPipeline
 from worker import Server
 
-from fastloop.shapes.checker import check  # needs no more than numpy and scipy
+from fastloop.shapes.checker import assess  # needs no more than numpy and scipy
 
 
 def score(reward: str, images: np.ndarray, prompts: list[str]) -> list[float]:
     """The rewards `shapes` and `jpeg_incompressibility` of fastloop."""
     if reward == "shapes":
-        return [check(prompt, image).score for prompt, image in zip(prompts, images, strict=True)]
+        return [assess(prompt, image).score for prompt, image in zip(prompts, images, strict=True)]
     sizes = []
     for image in images:
         file = io.BytesIO()

@@ -19,31 +19,31 @@ EPSILON = 1e-4  # beside a standard deviation, as in DanceGRPO and Flow-GRPO
 
 
 def leave_one_out(rewards: torch.Tensor) -> torch.Tensor:
-    """A_i = r_i - mean of the other K - 1 rewards of its prompt; sums to zero in each group (LOOP, RLOO)."""
+    """Return A_i = r_i - mean of the other K - 1 rewards of its prompt, which sum to zero in each group (LOOP, RLOO)."""
     k, relative = rewards.shape[1], _relative_in_groups(rewards)
     return (relative - relative.mean(1, keepdim=True)) * (k / (k - 1))
 
 
 def group_norm(rewards: torch.Tensor) -> torch.Tensor:
-    """A_i = (r_i - group mean) / (group std + 1e-4), the std with K in its denominator (GRPO)."""
+    """Return A_i = (r_i - group mean) / (group std + 1e-4), the std with K in its denominator (GRPO)."""
     relative = _relative_in_groups(rewards)
     return (relative - relative.mean(1, keepdim=True)) / (relative.std(1, correction=0, keepdim=True) + EPSILON)
 
 
 def batch_norm(rewards: torch.Tensor) -> torch.Tensor:
-    """A_i = (r_i - mean) / (std + 1e-4) over the whole rollout (DDPO without its tracker)."""
+    """Return A_i = (r_i - mean) / (std + 1e-4) over the whole rollout (DDPO without its tracker)."""
     relative = rewards - rewards[0, 0]
     return (relative - relative.mean()) / (relative.std(correction=0) + EPSILON)
 
 
 def batch_mean(rewards: torch.Tensor) -> torch.Tensor:
-    """A_i = r_i - mean over the whole rollout (REINFORCE with the simplest baseline)."""
+    """Return A_i = r_i - mean over the whole rollout (REINFORCE with the simplest baseline)."""
     relative = rewards - rewards[0, 0]
     return relative - relative.mean()
 
 
 def none(rewards: torch.Tensor) -> torch.Tensor:
-    """A_i = r_i."""
+    """Return A_i = r_i."""
     return rewards.clone()
 
 
@@ -63,7 +63,7 @@ class Advantage:
     needs_groups = False
 
     def __call__(self, prompts: list[str], terms: dict[str, torch.Tensor], weights: dict[str, float]) -> torch.Tensor:
-        """Advantages of P prompts with K images each.
+        """Return the advantages of P prompts with K images each.
 
         Args:
             prompts: P texts. terms: of the reward, by label, float64 (P, K) each, normalised. weights: by label.
@@ -74,15 +74,15 @@ class Advantage:
         raise NotImplementedError
 
     def state_dict(self) -> dict[str, Any] | None:
-        """What it remembers, as plain values; ``None`` where it remembers nothing."""
+        """Return what it remembers, as plain values; ``None`` where it remembers nothing."""
         return None
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes back what `state_dict` gave."""
+        """Take back what `state_dict` gave."""
 
 
 def weighted_sum(terms: dict[str, torch.Tensor], weights: dict[str, float]) -> torch.Tensor:
-    """The reward: the sum of weight x term, of the terms' shape."""
+    """Return the reward, the sum of weight x term, of the terms' shape."""
     return sum(weights[label] * values for label, values in terms.items())
 
 
@@ -94,6 +94,7 @@ class OfReward(Advantage):
     needs_groups: bool = False
 
     def __call__(self, prompts, terms, weights) -> torch.Tensor:
+        """Return the function of the weighted sum, float64 (P, K)."""
         return self.function(weighted_sum(terms, weights))
 
 
@@ -108,7 +109,7 @@ class PromptTracker(Advantage):
         self.history: dict[str, deque[float]] = {}
 
     def __call__(self, prompts, terms, weights) -> torch.Tensor:
-        """Records the rewards, and returns their advantages (P, K)."""
+        """Record the rewards, and return their advantages (P, K)."""
         rewards = weighted_sum(terms, weights)
         for prompt, group in zip(prompts, rewards.tolist(), strict=True):
             self.history.setdefault(prompt, deque(maxlen=self.buffer)).extend(group)
@@ -121,9 +122,11 @@ class PromptTracker(Advantage):
         return advantages
 
     def state_dict(self) -> dict[str, list[float]]:
+        """Return the rewards that are remembered of each prompt, oldest first."""
         return {prompt: list(seen) for prompt, seen in self.history.items()}
 
     def load_state_dict(self, state: dict[str, list[float]]) -> None:
+        """Take back what `state_dict` gave."""
         self.history = {prompt: deque(seen, maxlen=self.buffer) for prompt, seen in state.items()}
 
 
@@ -138,7 +141,10 @@ ADVANTAGES: dict[str, Callable[[], Advantage]] = {
 
 
 def finish(advantages: torch.Tensor, clamp: float | None, normalize: bool) -> torch.Tensor:
-    """The optional global std, then the optional clamp to +-``clamp``; float32."""
+    """Divide by the global std where ``normalize`` says so, then clamp to +-``clamp`` unless that is ``None``.
+
+    Returns float32, of the shape given.
+    """
     if normalize:
         advantages = advantages / (advantages.std(correction=0) + EPSILON)
     return (advantages if clamp is None else advantages.clamp(-clamp, clamp)).float()

@@ -20,13 +20,13 @@ class Alarms:
         self._falling: list[str] = []
 
     def look_at(self, folder: Path) -> None:
-        """At the start, and after each evaluation: which held-out rewards fall, by the run's records."""
+        """Find the held-out rewards that fall, by the run's records: at the start, and after each evaluation."""
         errors, weights = self.config.safety.held_out_errors, {r.key: r.weight for r in self.config.rewards}
         rows, evals = (read_rows(folder / f"{name}.jsonl") for name in ("metrics", "eval"))
         self._falling = [] if errors is None else held_out_falling(rows, evals, weights, errors)
 
     def of(self, metrics: dict[str, float]) -> dict[str, str]:
-        """The alarms that an iteration's metrics fire, with what they mean."""
+        """Return the alarms that an iteration's metrics fire, with what they mean."""
         safety, grouped = self.config.safety, self.config.images_per_prompt > 1
         clips = OBJECTIVES[self.config.objective].uses_ratio and "policy/clipfrac" in metrics
         found = {

@@ -18,7 +18,7 @@ from fastloop.transitions import TransitionTable
 
 
 def trained_steps(table: TransitionTable, config: Config) -> torch.Tensor:
-    """Indices (int64) of the steps that updates draw from: those with noise, less the last ``last_steps.drop``.
+    """Return the indices (int64) of the steps that updates draw from: those with noise, less the last ``last_steps.drop``.
 
     Raises:
         UserError: no step is left, or fewer rows than updates.
@@ -37,12 +37,12 @@ def trained_steps(table: TransitionTable, config: Config) -> torch.Tensor:
 
 
 def kept_steps(steps: int, fraction: float) -> int:
-    """How many of so many trained steps one pass takes of each trajectory: ``timestep_fraction`` of them, at least one."""
+    """Return how many of so many trained steps a pass takes of each trajectory: this fraction of them, at least one."""
     return max(1, round(fraction * steps))
 
 
 def step_weights(table: TransitionTable, steps: torch.Tensor, config: Config) -> torch.Tensor:
-    """Factor of the loss of each step, float64 (T,): ``last_steps.weight`` on the last trained ones, else 1."""
+    """Return the factor of the loss of each step, float64 (T,): ``last_steps.weight`` on the last trained ones, else 1."""
     weights = torch.ones(len(table), dtype=torch.float64)
     weights[steps[-config.last_steps.count :]] = config.last_steps.weight
     return weights
@@ -72,6 +72,7 @@ class Batches:
 
     @property
     def updates_per_pass(self) -> int:
+        """Optimizer steps of one pass over the rollout."""
         return self.config.updates_per_rollout // self.config.passes_per_rollout
 
     @property
@@ -82,6 +83,7 @@ class Batches:
 
     @property
     def largest_update(self) -> int:
+        """Rows of the largest update, on all ranks."""
         return self.update_rows[0]
 
     @property
@@ -115,7 +117,7 @@ class Batches:
         return -(-self.largest_update // (self.update * self.world))
 
     def calls(self, eval_prompts: int) -> list[int]:
-        """Rows of the largest calls of the denoiser in rollouts, evaluations and updates, with so many evaluation prompts."""
+        """Return the rows of the denoiser's largest calls in rollouts, in evaluations of so many prompts, and in updates."""
         evaluated = -(-eval_prompts * self.config.eval.images_per_prompt // self.world)
         return [self.rollout, min(self.config.memory.rollout_batch, evaluated), self.update]
 
@@ -129,7 +131,7 @@ class Rows:
 
     @classmethod
     def of(cls, trajectories: int, steps: torch.Tensor) -> Rows:
-        """Every trajectory with every step."""
+        """Pair every trajectory with every step (int64 (S,))."""
         return cls(np.repeat(np.arange(trajectories), len(steps)), np.tile(steps.numpy(), trajectories))
 
     def __len__(self) -> int:
@@ -137,7 +139,7 @@ class Rows:
 
 
 def shuffled(rng: np.random.Generator, rows: Rows, fraction: float) -> np.ndarray:
-    """One pass over the rows of a rollout: int64 (M,), of each trajectory a fraction of its rows, at least one.
+    """Draw a pass over the rows of a rollout: int64 (M,), of each trajectory a fraction of its rows, at least one.
 
     Each trajectory has its own order of its rows. The k-th rows of all trajectories stand together, the trajectories shuffled,
     so that every stretch of rows covers trajectories and groups as evenly as can be.
@@ -155,7 +157,7 @@ def shuffled(rng: np.random.Generator, rows: Rows, fraction: float) -> np.ndarra
 
 
 def micro_batches(update: np.ndarray, rows: Rows, ranks: Ranks, trajectories: int, size: int) -> list[np.ndarray]:
-    """This rank's rows of an update, at most ``size`` at a time, numbered within those of its share of the trajectories.
+    """Split this rank's rows of an update, at most ``size`` at a time, numbered within those of its share of the trajectories.
 
     Args:
         update: int64 (M,), of rows.

@@ -36,7 +36,7 @@ def save_checkpoint(
     ranks: Ranks = ALONE,
     save_engine: Callable[[Path], Any] | None = None,
 ) -> Path:
-    """Writes ``folder/iteration-NNNNNN`` (temporary folder, fsync, rename) and removes all but the ``keep`` newest.
+    """Write ``folder/iteration-NNNNNN`` (temporary folder, fsync, rename) and remove all but the ``keep`` newest.
 
     All ranks call it. Each writes its part by ``save_engine(folder)``, whose result becomes ``state["engine"]``; the main rank
     writes the rest.
@@ -81,23 +81,23 @@ def _finish(temporary: Path, final: Path, weights, ema, state, keep: int) -> Non
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Whole checkpoints, oldest first."""
+    """List whole checkpoints, oldest first."""
     return sorted(p for p in folder.glob(f"{_PREFIX}*") if p.is_dir() and p.name.removeprefix(_PREFIX).isdecimal())
 
 
 def iteration_of(checkpoint: Path) -> int:
-    """The number of finished iterations that a checkpoint holds."""
+    """Return the number of finished iterations that a checkpoint holds."""
     return int(checkpoint.name.removeprefix(_PREFIX))
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Removes what a killed process was writing or removing."""
+    """Remove what a killed process was writing or removing."""
     for path in folder.glob(".writing-*"):
         shutil.rmtree(path, ignore_errors=True)
 
 
 def check_checkpoint(path: Path, averaged: bool) -> None:
-    """Reads what says whether a checkpoint is whole and of one piece, and none of its weights.
+    """Read what says whether a checkpoint is whole and of one piece, and none of its weights.
 
     Args:
         averaged: whether its run keeps a moving average.
@@ -116,7 +116,7 @@ def check_checkpoint(path: Path, averaged: bool) -> None:
 def load_checkpoint(
     path: Path, averaged: bool
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor] | None, dict[str, Any]]:
-    """Weights, their average where ``averaged``, else ``None``, and the state.
+    """Read weights, their average where ``averaged``, else ``None``, and the state.
 
     Nothing is unpickled but tensors and plain values. Raises as `check_checkpoint`.
     """
@@ -142,7 +142,7 @@ def _same_iteration(path: Path, name: str, found: Any) -> None:
 
 
 def load_weights(parameters: dict[str, torch.nn.Parameter], weights: dict[str, torch.Tensor]) -> None:
-    """Copies saved weights into parameters. Raises ``UserError`` where names or shapes differ."""
+    """Copy saved weights into parameters. Raises ``UserError`` where names or shapes differ."""
     saved = {name: tuple(value.shape) for name, value in weights.items()}
     wanted = {name: tuple(p.shape) for name, p in parameters.items()}
     if saved != wanted:

@@ -25,7 +25,7 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on some CPUs it mis
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command and returns its exit code."""
+    """Run one command and return its exit code."""
     try:
         args, rest = _parser().parse_known_args(argv)
         # argparse leaves over what stands behind an option: CONFIG --resume KEY=VALUE
@@ -47,6 +47,7 @@ class Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, as everything else does."""
 
     def error(self, message: str) -> None:
+        """Raise ``UserError`` with the message, where argparse would print the usage and leave."""
         raise UserError(f"{message}; see {self.prog} --help")
 
 
@@ -332,6 +333,7 @@ def _info(args: argparse.Namespace) -> int:
 
 
 def fail(message: str, code: int) -> int:
+    """Print what went wrong as one line and return the exit code."""
     print(f"fastloop: {one_line(message)}", file=sys.stderr)
     return code
 

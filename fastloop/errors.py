@@ -14,7 +14,7 @@ _LEFT_OUT = re.compile(r" ?\[\.\.\. (\d{1,12}) characters left out \.\.\.\] ?")
 
 
 def one_line(text: object) -> str:
-    """Makes one printable line of any text, of at most ``LIMIT`` characters.
+    """Make one printable line of any text, of at most ``LIMIT`` characters.
 
     Runs of white space become a space. What does not print or steers a terminal (control characters, marks that turn the
     direction of writing, characters without width, halves of surrogate pairs) is written as Python's escapes. The user and
@@ -31,7 +31,7 @@ def one_line(text: object) -> str:
 
 
 def described(error: BaseException) -> str:
-    """Gives type and message of an exception in one line, also of one whose message cannot be made."""
+    """Give type and message of an exception in one line, also of one whose message cannot be made."""
     name = type(error).__name__
     try:
         said = one_line(error)

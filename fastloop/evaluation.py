@@ -28,21 +28,23 @@ class Evaluation:
 
     @property
     def mean(self) -> float:
+        """The mean score over all images."""
         return float(self.scores.mean())
 
     @property
     def stderr(self) -> float:
+        """The mean's standard error over the distinct prompts; NaN for a single one."""
         return self._summary(self.scores)["stderr"]
 
     def categories(self) -> dict[str, dict[str, float]]:
-        """Mean, standard error and number of prompts of each category, in the order of the prompts."""
+        """Return mean, standard error and number of prompts of each category, in the order of the prompts."""
         labels = [prompt.metadata.get("category") for prompt in self.prompts]
         named = [label for label in dict.fromkeys(labels) if label is not None]
         rows = {name: [i for i, label in enumerate(labels) if label == name] for name in named}
         return {name: self._summary(self.scores, chosen) for name, chosen in rows.items()}
 
     def row(self) -> dict:
-        """What eval.jsonl records."""
+        """Return what eval.jsonl records."""
         return {
             "score": self._summary(self.scores),
             "rewards": {name: self._summary(values) for name, values in self.terms.items()},
@@ -55,7 +57,7 @@ class Evaluation:
 
 
 def summarize(scores: np.ndarray, prompts: np.ndarray) -> dict[str, float]:
-    """Mean of (P, M) scores and its standard error, of P prompts that may repeat.
+    """Return the mean of scores, float64 (P, M), its standard error and the number of distinct prompts, of P that may repeat.
 
     The images of one prompt are not independent, so the standard error is taken over the G distinct prompts: with
     deviations d_g = sum of (score - mean) over the images of prompt g, it is sqrt(G / (G - 1) sum d_g^2) / (P M). Where
@@ -76,7 +78,7 @@ def evaluate(
     ranks: Ranks = ALONE,
     leave: Callable[[], None] = lambda: None,
 ) -> Evaluation:
-    """Samples ``eval.images_per_prompt`` images of each prompt, on noise that ``eval.seed`` alone decides, and scores.
+    """Sample ``eval.images_per_prompt`` images of each prompt, on noise that ``eval.seed`` alone decides, and score them.
 
     All ranks call it and get the whole. ``leave`` is as for `scored_rollout`.
 
@@ -103,7 +105,7 @@ def evaluate(
         keep="none",
     )
     scores = gather_scores(rewards, ranks, len(repeated))
-    images = ranks.whole(sampled.images[: len(ranks.share(len(repeated)))], len(repeated))
+    images = ranks.gather_shares(sampled.images[: len(ranks.share(len(repeated)))], len(repeated))
     shape = (len(prompts), m)
     terms = {name: values.reshape(shape) for name, values in scores.terms.items()}
     images = images.reshape(*shape, *images.shape[1:])

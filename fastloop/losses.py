@@ -14,7 +14,7 @@ from fastloop.objectives import OBJECTIVES, gaussian_kl
 def micro_batch_loss(
     denoiser, ops: ModuleType, config: Config, batch: MicroBatch, cond, uncond
 ) -> tuple[PolicyTerms, torch.Tensor, dict[str, torch.Tensor]]:
-    """The loss of each row, float32 (B,), with its gradient.
+    """Compute the loss of each row, float32 (B,), with its gradient.
 
     Args:
         ops: what `kernels.backend` gives. cond, uncond: of the rows' prompts, as `Denoiser.encode` gives them.

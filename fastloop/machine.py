@@ -19,7 +19,7 @@ _OPTIONAL = ("triton", "deepspeed", "bitsandbytes", "xformers", "wandb", "datase
 
 
 def version_of(package: str) -> str | None:
-    """The installed version, or ``None``."""
+    """Return the installed version of a package, or ``None``."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -27,7 +27,7 @@ def version_of(package: str) -> str | None:
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
-    """Processor, memory and device, for run.json."""
+    """Describe processor, memory and device, for run.json."""
     facts = {
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
@@ -43,13 +43,13 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of the packages that decide a run's numbers."""
+    """Return the versions of the packages that decide a run's numbers."""
     found = {name: version_of(name) for name in ("fastloop", *_PACKAGES, *_OPTIONAL)}
     return {name: version for name, version in found.items() if version}
 
 
 def xformers_problem() -> str | None:
-    """Why ``model.attention=xformers`` cannot be used here, or ``None``."""
+    """Say why ``model.attention=xformers`` cannot be used here, or ``None``."""
     if importlib.util.find_spec("xformers") is None:
         return "xformers is not installed: pip install fastloop[xformers]"
     if not torch.cuda.is_available():
@@ -65,7 +65,7 @@ def xformers_problem() -> str | None:
 
 
 def flash_problem(dtype: str, device: torch.device) -> str | None:
-    """Why ``model.attention=flash`` cannot be used, or ``None``."""
+    """Say why ``model.attention=flash`` cannot be used, or ``None``."""
     if dtype == "fp32":
         return "flash attention computes in half precision and model.dtype is fp32: set it to bf16 or fp16"
     if device.type != "cuda":
@@ -76,7 +76,7 @@ def flash_problem(dtype: str, device: torch.device) -> str | None:
 
 
 def compiler_problem(device: torch.device) -> str | None:
-    """Why torch.compile cannot be used on a device, or ``None``."""
+    """Say why torch.compile cannot be used on a device, or ``None``."""
     if device.type == "cuda":
         problem = triton_problem(device)
         return problem and f"torch.compile writes Triton kernels, and triton {problem}"
@@ -85,7 +85,7 @@ def compiler_problem(device: torch.device) -> str | None:
 
 
 def capabilities() -> list[tuple[str, str]]:
-    """Rows for `fastloop info`: what this machine can do, and what is missing for the rest."""
+    """Return the rows of `fastloop info`: what this machine can do, and what is missing for the rest."""
     cpu = torch.device("cpu")
     facts = describe_machine(cpu)
     rows = [("machine", f"{facts['system']}, {facts['cpus']} CPU cores, {facts['memory_gib']} GiB")]

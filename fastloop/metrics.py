@@ -11,7 +11,7 @@ from fastloop.rewards.scoring import Scores
 
 
 def reward_metrics(scores: Scores, prompts: list[Prompt], images_per_prompt: int) -> dict[str, float]:
-    """Of the scores of N pictures and their N prompts, those of one prompt together."""
+    """Return the metrics ``reward/*`` of the scores of N pictures and their N prompts, those of one prompt together."""
     groups = scores.total.reshape(-1, images_per_prompt)
     metrics = {  # deviations of differences, so that equal rewards give exactly 0
         "reward/mean": float(scores.total.mean()),
@@ -28,7 +28,7 @@ def reward_metrics(scores: Scores, prompts: list[Prompt], images_per_prompt: int
 def held_out_falling(
     rows: list[dict[str, Any]], evals: list[dict[str, Any]], weights: dict[str, float], errors: float
 ) -> list[str]:
-    """The held-out rewards that fall while the training reward rises: reward hacking, or overfitting to the prompts.
+    """Find the held-out rewards that fall while the training reward rises: reward hacking, or overfitting to the prompts.
 
     A held-out reward falls where its newest mean is below its best earlier one by more than ``errors`` standard errors of the
     difference, the two taken as independent. The training reward rises where it is higher now than it was then: the weighted
@@ -60,7 +60,7 @@ def held_out_falling(
 
 
 def image_statistics(images: np.ndarray) -> dict[str, np.ndarray]:
-    """Of uint8 pictures (N, height, width, 3), signs of collapse, float64 (N,); a run's metrics are their means.
+    """Measure signs of collapse of uint8 pictures (N, height, width, 3): float64 (N,), whose means are a run's metrics.
 
     ``image/saturation`` is the share of values at 0 or 255; ``image/entropy`` the Shannon entropy in bits of a
     picture's brightness levels (0 for a flat picture, at most 8).

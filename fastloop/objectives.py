@@ -45,7 +45,7 @@ class Objective:
     def terms(
         self, ops: ModuleType, predict: Callable[[Tensor, Tensor], Outputs], batch: MicroBatch, config: Config
     ) -> tuple[PolicyTerms, Outputs]:
-        """The loss of a micro-batch with its statistics, and the denoiser's outputs that it took.
+        """Compute the loss of a micro-batch with its statistics, and the denoiser's outputs that it took.
 
         Args:
             ops: what `kernels.backend` gives. predict: of latents float32 (B, ...) and timesteps int64 (B,).
@@ -63,24 +63,24 @@ class Objective:
 
 
 def score_function(log_prob, log_prob_old, advantage, clip_range, kl=None):
-    """-A log p: REINFORCE and RLOO. The old log-prob and the clip range play no part."""
+    """Return -A log p: REINFORCE and RLOO. The old log-prob and the clip range play no part."""
     return -advantage * log_prob
 
 
 def clipped(log_prob, log_prob_old, advantage, clip_range, kl=None):
-    """-min(rho A, clip(rho, 1 - eps, 1 + eps) A): PPO and LOOP."""
+    """Return -min(rho A, clip(rho, 1 - eps, 1 + eps) A): PPO and LOOP."""
     ratio = (log_prob - log_prob_old).exp()
     return torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - clip_range, 1 + clip_range))
 
 
 def clip_only(log_prob, log_prob_old, advantage, clip_range, kl=None):
-    """-clip(rho, 1 - eps, 1 + eps) A, without the min: DPOK's form (no gradient outside the window)."""
+    """Return -clip(rho, 1 - eps, 1 + eps) A, without the min: DPOK's form (no gradient outside the window)."""
     ratio = (log_prob - log_prob_old).exp()
     return -advantage * ratio.clamp(1 - clip_range, 1 + clip_range)
 
 
 def kl_mask(log_prob, log_prob_old, advantage, clip_range, kl):
-    """-rho A, but no gradient for a row whose KL is over the bound and which would move further away (Flow-DPPO).
+    """Return -rho A, without a gradient for a row whose KL is over the bound and which would move further away (Flow-DPPO).
 
     The policy moves away where A > 0 and rho > 1, or A < 0 and rho < 1.
     """
@@ -101,7 +101,7 @@ OBJECTIVES = {
 
 
 def gaussian_kl(mean: torch.Tensor, mean_reference: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-    """KL(N(mean, sigma^2) || N(mean_reference, sigma^2)) = |mean - mean_reference|^2 / (2 sigma^2), per element.
+    """Return KL(N(mean, sigma^2) || N(mean_reference, sigma^2)) = |mean - mean_reference|^2 / (2 sigma^2), per element.
 
     Args:
         mean, mean_reference: float32 (B, ...). sigma: float32 (B,).

@@ -14,11 +14,14 @@ class Observer:
     """
 
     def phase(self, name: str) -> AbstractContextManager[Any]:
-        """Entered where a phase begins, left where it ends."""
+        """Watch a phase: entered where it begins, left where it ends."""
         return nullcontext()
 
     def on_iteration(self, number: int) -> None:
-        """Called before iteration ``number``, counted from 1, and after the last one with the number that does not come."""
+        """Take note of an iteration that begins.
+
+        Called before iteration ``number``, counted from 1, and after the last one with the number that does not come.
+        """
 
 
 UNOBSERVED = Observer()

@@ -39,7 +39,7 @@ OPTIMIZERS = {
 
 
 def optimizer_problem(name: str, device: torch.device) -> str | None:
-    """Why an optimizer cannot be used on a device, with the remedy; ``None`` where it can."""
+    """Say why an optimizer cannot be used on a device, with the remedy; ``None`` where it can."""
     kind = OPTIMIZERS[name]
     if kind.eight_bit and importlib.util.find_spec("bitsandbytes") is None:
         return f"{name} needs bitsandbytes: pip install fastloop[bnb], or set it to adamw"
@@ -53,7 +53,7 @@ def optimizer_problem(name: str, device: torch.device) -> str | None:
 
 
 def build_optimizer(config: OptimizerConfig, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    """The optimizer of a configuration over float32 parameters."""
+    """Build the optimizer of a configuration over float32 parameters."""
     kind = OPTIMIZERS[config.name]
     kwargs = {"lr": config.lr, "betas": config.betas, "weight_decay": config.weight_decay}
     if kind.has_eps:
@@ -72,7 +72,7 @@ def build_optimizer(config: OptimizerConfig, parameters: list[torch.nn.Parameter
 
 
 def state_bytes(name: str, sizes: Iterable[int]) -> int:
-    """Bytes of an optimizer's state over parameters of these numbers of elements."""
+    """Return the bytes of an optimizer's state over parameters of these numbers of elements."""
     kind = OPTIMIZERS[name]
 
     def of(size: int) -> int:
@@ -84,7 +84,7 @@ def state_bytes(name: str, sizes: Iterable[int]) -> int:
 
 
 def step_bytes(name: str, sizes: Iterable[int], on_gpu: bool) -> int:
-    """Bytes that an optimizer's step needs for a while: of torch's on a CPU, two temporaries of the largest parameter."""
+    """Return the bytes that a step needs for a while: of torch's AdamW on a CPU, two temporaries of the largest parameter."""
     return 8 * max(sizes) if OPTIMIZERS[name].name == "AdamW" and not on_gpu else 0
 
 
@@ -97,19 +97,20 @@ class Ema:
 
     @torch.no_grad()
     def update(self) -> None:
+        """Move the average towards the parameters as they are now."""
         for name, p in self.parameters.items():
             self.average[name].lerp_(p.float(), 1 - self.decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Within it the parameters hold their average."""
+        """Let the parameters hold their average within it."""
         with holding(self.parameters, {name: self.average[name].to(p.dtype) for name, p in self.parameters.items()}):
             yield
 
 
 @contextmanager
 def holding(parameters: dict[str, torch.nn.Parameter], values: dict[str, torch.Tensor]) -> Iterator[None]:
-    """Within it the parameters hold other values."""
+    """Let the parameters hold other values within it."""
     before = {name: p.data for name, p in parameters.items()}
     for name, p in parameters.items():
         p.data = values[name]

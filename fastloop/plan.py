@@ -13,7 +13,7 @@ from fastloop.prompts import Prompt, prompt_facts
 
 
 def plan(config: Config, ranks: int = 1, gpu: bool = False, it_per_s: float | None = None) -> list[str]:
-    """Lines of text for a configuration. Reads configs and prompts, loads no weights.
+    """Write lines of text about a configuration. Reads configs and prompts, loads no weights.
 
     Args:
         ranks: processes of the run. gpu: plan for a GPU, though there is none here. it_per_s: UNet forwards a second at
@@ -35,7 +35,7 @@ def plan(config: Config, ranks: int = 1, gpu: bool = False, it_per_s: float | No
 
 
 def overview(checked: Checked, ranks: int = 1) -> list[str]:
-    """The model, the prompts and the arithmetic of an iteration."""
+    """Write lines about the model, the prompts and the arithmetic of an iteration."""
     config = checked.config
     height, width = checked.skeleton.image_size(config.sampling)
     name = config.model.path or f"{config.model.random_init} with random weights"
@@ -47,7 +47,7 @@ def overview(checked: Checked, ranks: int = 1) -> list[str]:
 
 
 def derived_lines(batches: Batches) -> list[str]:
-    """The arithmetic of an iteration, as the trainer runs it."""
+    """Write lines about the arithmetic of an iteration, as the trainer runs it."""
     config, n, kept, micro = batches.config, batches.config.images_per_rollout, batches.kept, batches.micro_batches
     branches = 1 if config.sampling.guidance_scale == 1 else 2
     rollout_forwards = branches * config.sampling.steps
@@ -83,7 +83,7 @@ def _engine_text(config: Config) -> str:
 
 
 def prompts_line(prompts: list[Prompt], eval_prompts: list[Prompt]) -> str:
-    """How many prompts there are, and whether those of the evaluation are trained on."""
+    """Say how many prompts there are, and whether those of the evaluation are trained on."""
     facts = prompt_facts(prompts, eval_prompts)["eval.prompts"]
     shared, distinct = facts["trained_too"], facts["distinct"]
     line = f"prompts      {len(prompts)} for training, {len(eval_prompts)} for evaluation"
@@ -94,7 +94,7 @@ def prompts_line(prompts: list[Prompt], eval_prompts: list[Prompt]) -> str:
 
 
 def time_lines(batches: Batches, it_per_s: float) -> list[str]:
-    """Seconds of an iteration in the UNet, from its forwards a second at batch 1.
+    """Estimate the seconds of an iteration in the UNet, from its forwards a second at batch 1.
 
     A backward costs two forwards, or one where only adapters are trained, since the frozen weights get no gradients;
     checkpointing adds the forward that is done again. Rewards, decoding and the optimizer are not in it.
@@ -123,7 +123,7 @@ def _parameter_lines(config: Config, skeleton: Denoiser) -> list[str]:
 
 
 def planned_memory(config: Config, ranks: int = 1, gpu: bool = False) -> MemoryNeeds:
-    """Memory of an iteration on one rank; raises and reads what `plan` does."""
+    """Estimate the memory of an iteration on one rank; raises and reads what `plan` does."""
     checked = preflight(config, gpu=gpu)
     checked.rewards.close()
     checked.eval_rewards.close()
@@ -159,7 +159,7 @@ def _memory_lines(config: Config, checked: Checked, ranks: int, on_gpu: bool) ->
 
 
 def size_text(size: float) -> str:
-    """Bytes for people: 1.2 MiB."""
+    """Write bytes for people: 1.2 MiB."""
     for unit in ("B", "KiB", "MiB"):
         if size < 1024:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"

@@ -51,12 +51,12 @@ class Checked:
     traced: Traced | None  # what they were chosen by; the skeleton is then its
 
     def batches(self, ranks: int) -> Batches:
-        """The arithmetic of an iteration on so many ranks."""
+        """Return the arithmetic of an iteration on so many ranks."""
         return Batches(self.config, self.steps_trained, ranks)
 
 
 def check_device(config: Config, local_rank: int = 0) -> torch.device:
-    """The device of a run, made the current one of its kind, since Triton launches on that.
+    """Return the device of a run, made the current one of its kind, since Triton launches on that.
 
     Raises:
         UserError: this machine lacks it, or it cannot run the kernels asked for.
@@ -85,7 +85,7 @@ def _compile_problem(config: Config, device: torch.device) -> str | None:
 
 
 def preflight(config: Config, ranks: Ranks = ALONE, resume: bool = False, gpu: bool = False) -> Checked:
-    """Everything that can be refused before the model loads; and the batches that are chosen by the free memory.
+    """Refuse what can be refused before the model loads, and choose batches by the free memory where they are ``auto``.
 
     Args:
         resume: whether a run may be in the folder, whose batches are then kept. gpu: as for `plan`.
@@ -159,7 +159,7 @@ def _settle(config: Config, skeleton: Denoiser, steps_trained, texts: int, devic
 
 
 def confirm(checked: Checked, denoiser: Denoiser, ranks: Ranks) -> tuple[Config, dict[str, float]]:
-    """Chosen batches checked by a probe on the real model: smaller ones where it needs more than was traced.
+    """Check chosen batches by a probe on the real model: smaller ones are chosen where it needs more than was traced.
 
     Returns:
         The configuration, and facts for run.json: what was free, planned, and the probe's factor.
@@ -176,6 +176,6 @@ def confirm(checked: Checked, denoiser: Denoiser, ranks: Ranks) -> tuple[Config,
 
 
 def distinct_texts(config: Config, prompts: list[Prompt], eval_prompts: list[Prompt]) -> int:
-    """Texts that a run encodes, at most: its prompts, the held-out ones and the negative prompt."""
+    """Count the texts that a run encodes, at most: its prompts, the held-out ones and the negative prompt."""
     drawn = min(len({prompt.text for prompt in prompts}), config.iterations * config.prompts_per_step)
     return drawn + len({prompt.text for prompt in eval_prompts}) + 1

@@ -36,7 +36,7 @@ class Prompt:
 
 
 def load_prompts(config: PromptsConfig, key: str = "prompts") -> list[Prompt]:
-    """The prompts of a source, in a fixed order.
+    """Load the prompts of a source, in a fixed order.
 
     Raises:
         UserError: unknown source or category, missing or empty file, a line that cannot be read; ``key`` names the
@@ -64,7 +64,7 @@ def load_prompts(config: PromptsConfig, key: str = "prompts") -> list[Prompt]:
 
 
 def prompt_facts(prompts: list[Prompt], eval_prompts: list[Prompt]) -> dict[str, dict[str, Any]]:
-    """What tells the two lists of a run from others, by the key of the configuration, as prompts.json records it.
+    """Say what tells the two lists of a run from others, by the key of the configuration, as prompts.json records it.
 
     ``sha256`` is of the texts and metadata in their order. ``trained_too`` counts the distinct texts of the evaluation that
     are training prompts as well, of ``distinct`` ones: 0 where they are held out.
@@ -87,7 +87,7 @@ def prompt_facts(prompts: list[Prompt], eval_prompts: list[Prompt]) -> dict[str,
 
 
 def score_name(held_out: bool) -> str:
-    """What an evaluation's score is called, by whether training sees none of its prompts."""
+    """Say what an evaluation's score is called, by whether training sees none of its prompts."""
     return "held-out score" if held_out else "evaluation score"
 
 
@@ -221,7 +221,7 @@ class PromptStream:
         self.prompts, self.seed = prompts, seed
 
     def draw(self, start: int, count: int) -> list[Prompt]:
-        """Places ``start`` to ``start + count - 1`` of the stream; each pass over the prompts has its own order."""
+        """Return places ``start`` to ``start + count - 1`` of the stream; each pass over the prompts has its own order."""
         taken: list[Prompt] = []
         while len(taken) < count:
             epoch, offset = divmod(start + len(taken), len(self.prompts))

@@ -44,7 +44,7 @@ class Ranks:
 
     @classmethod
     def join(cls) -> Ranks:
-        """The ranks that a launcher started; one process where there is no launcher, or one that started one.
+        """Join the ranks that a launcher started; one process where there is no launcher, or one that started one.
 
         Raises:
             UserError: the launcher's variables are incomplete or wrong.
@@ -80,22 +80,25 @@ class Ranks:
     # --- shares --------------------------------------------------------------------------------------------------------
 
     def bounds(self, n: int) -> np.ndarray:
-        """Where the shares of n things begin and end: int64 (world + 1,). Contiguous, in the order of the ranks, even."""
+        """Return where the shares of n things begin and end: int64 (world + 1,).
+
+        They are contiguous, in the order of the ranks, and even.
+        """
         return np.arange(self.world + 1) * n // self.world
 
     def share(self, n: int) -> range:
-        """This rank's part of n things; may be empty."""
+        """Return this rank's part of n things; may be empty."""
         return range(*self.bounds(n)[self.rank : self.rank + 2].tolist())
 
     def padded(self, n: int) -> list[int]:
-        """As `share`, with the last one repeated so that all ranks have as many and at least one."""
+        """Return what `share` does, with the last one repeated so that all ranks have as many and at least one."""
         own = list(self.share(n))
         return own + [own[-1] if own else 0] * (-(-n // self.world) - len(own))
 
     # --- exchange ------------------------------------------------------------------------------------------------------
 
     def gather(self, values: np.ndarray) -> np.ndarray:
-        """The values of all ranks, (world, ...) in their order; of one shape and dtype on all of them.
+        """Return the values of all ranks, (world, ...) in their order; of one shape and dtype on all of them.
 
         Raises:
             RunFailed: another process is gone.
@@ -107,26 +110,26 @@ class Ranks:
         self._talk(dist.all_gather, found, mine, group=self._group)
         return torch.stack(found).numpy()
 
-    def whole(self, parts: np.ndarray, n: int) -> np.ndarray:
-        """Of n things, each rank giving those of `share`: all of them, in order, on every rank."""
+    def gather_shares(self, parts: np.ndarray, n: int) -> np.ndarray:
+        """Return all of n things, in order, on every rank; each gives those of its `share`."""
         even = np.zeros((-(-n // self.world), *parts.shape[1:]), parts.dtype)
         even[: len(parts)] = parts
         sizes = np.diff(self.bounds(n))
         return np.concatenate([part[:size] for part, size in zip(self.gather(even), sizes, strict=True)])
 
     def from_main(self, function: Callable[[], T]) -> T:
-        """What ``function`` returns on the main rank, on every rank."""
+        """Return what ``function`` returns on the main rank, on every rank."""
         box: list[Any] = [function() if self.main else None]
         if self.world > 1:
             self._talk(dist.broadcast_object_list, box, src=0, group=self._group)
         return box[0]
 
     def highest(self, value: int) -> int:
-        """The highest of the ranks' values."""
+        """Return the highest of the ranks' values."""
         return int(self.gather(np.array(value)).max())
 
     def first_message(self, message: str) -> str:
-        """The message of the first rank that has one, on every rank, with that rank's number where it is another one's."""
+        """Return the message of the first rank that has one, on every rank, with its number where it is another one's."""
         text = np.zeros(_LONGEST, np.uint8)
         encoded = np.frombuffer(message.encode()[:_LONGEST], np.uint8)
         text[: len(encoded)] = encoded
@@ -136,7 +139,7 @@ class Ranks:
         return ""
 
     def wait(self) -> None:
-        """Until every rank has come here."""
+        """Wait until every rank has come here."""
         self.highest(0)
 
     def _talk(self, collective: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
@@ -151,7 +154,7 @@ class Ranks:
     # --- failure -------------------------------------------------------------------------------------------------------
 
     def failure(self) -> str | None:
-        """What the first rank that failed said, where it was another one."""
+        """Return what the first rank that failed said, where it was another one."""
         if self.world == 1 or self._store is None or not self._store.check([_FAILED]):
             return None
         rank, _, message = self._store.get(_FAILED).decode().partition("|")

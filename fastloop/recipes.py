@@ -17,7 +17,7 @@ from fastloop.errors import UserError
 
 
 def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
-    """Reads a YAML file and applies ``key=value`` overrides with dotted keys.
+    """Read a YAML file and apply ``key=value`` overrides with dotted keys.
 
     Raises:
         UserError: one line with the file, the key and the remedy.
@@ -55,7 +55,7 @@ class _UniqueKeys(yaml.SafeLoader):
 
 
 def apply_overrides(values: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
-    """``values`` with ``sampling.steps=20``-style overrides put in; list items by number (``rewards.0.weight=2``)."""
+    """Return ``values`` with ``sampling.steps=20``-style overrides put in, list items by number (``rewards.0.weight=2``)."""
     values = yaml.safe_load(yaml.safe_dump(values))  # a deep copy
     for text in overrides:
         key, equals, value = text.partition("=")
@@ -91,7 +91,7 @@ def _step_into(node: Any, part: str, key: str) -> Any:
 
 
 def parse_config(values: dict[str, Any], source: str) -> Config:
-    """A validated configuration. Raises ``UserError`` with one line: source, key, what is wrong, nearest right name."""
+    """Return a validated configuration. Raises ``UserError`` with one line: source, key, what is wrong, nearest name."""
     try:
         return Config.model_validate(values)
     except ValidationError as error:
@@ -102,7 +102,7 @@ def parse_config(values: dict[str, Any], source: str) -> Config:
 
 
 def dump_config(config: Config) -> str:
-    """The configuration as YAML; reading it back gives the same one.
+    """Return the configuration as YAML; reading it back gives the same one.
 
     What the algorithm brings is left out, so that the file with another `algorithm` is that algorithm's.
     """

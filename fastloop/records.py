@@ -14,6 +14,7 @@ from fastloop.config import Config
 from fastloop.evaluation import Evaluation
 from fastloop.grids import before_after_grid, image_grid
 from fastloop.prompts import Prompt
+from fastloop.report.formats import SPACE, duration
 from fastloop.rewards.scoring import Rewards
 from fastloop.tracking import Tracker
 
@@ -27,10 +28,11 @@ class Pace:
         self.evaluation = 0.0  # seconds of the last one
 
     def line(self, iteration: int, metrics: dict[str, float]) -> str:
-        """What is printed of a finished iteration; its pace counts from now on."""
+        """Return what is printed of a finished iteration; its pace counts from now on."""
         self._iterations.append(metrics["time/iteration"])
         left = self.config.iterations - iteration
         seconds = left * float(np.mean(self._iterations)) + math.ceil(left / self.config.eval.every) * self.evaluation
+        time = duration(seconds).replace(SPACE, " ")  # no-break spaces are for the page
         policy = "no update: every advantage is 0"
         if "policy/clipfrac" in metrics:
             policy = (
@@ -39,14 +41,14 @@ class Pace:
             )
         return (
             f"[{iteration:>{len(str(self.config.iterations))}}/{self.config.iterations}] "
-            f"reward {metrics['reward/mean']:.3f}  {policy}  {metrics['time/iteration']:.1f} s  {duration(seconds)} left"
+            f"reward {metrics['reward/mean']:.3f}  {policy}  {metrics['time/iteration']:.1f} s  {time} left"
         )
 
 
 def save_samples(
     folder: Path, iteration: int, result: Evaluation, prompts: list[Prompt], rewards: Rewards, tracker: Tracker
 ) -> None:
-    """Writes the first image of each of these prompts as its own file, all of them as a grid, and before/after.
+    """Write the first image of each of these prompts as its own file, all of them as a grid, and before/after.
 
     Args:
         folder: RUN/samples. prompts: the first ones of the evaluation. rewards: those of the evaluation.
@@ -74,11 +76,3 @@ def save_samples(
             [[row["reward"]] for row in rows],
             columns=3,
         ).save(folder / "before_after.png")
-
-
-def duration(seconds: float) -> str:
-    """A length of time for people: 45 s, 3 min 20 s, 2 h 05 min."""
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 1:
-        return f"{rest} s"
-    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"

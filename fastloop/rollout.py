@@ -41,7 +41,7 @@ class Trajectories:
     images: np.ndarray
 
     def transitions(self, steps: torch.Tensor) -> Transitions:
-        """Each trajectory with each of these steps (int64 (S,)): N S rows, those of a trajectory together.
+        """Pair each trajectory with each of these steps (int64 (S,)): N S rows, those of a trajectory together.
 
         Where only the final latents are there, they are both states of every row.
         """
@@ -97,12 +97,12 @@ class Transitions:
         return len(self.step)
 
     def at(self, rows: torch.Tensor) -> At:
-        """Where rows (int64 (B,), on the host) stand, in one copy to the device that the host does not wait for."""
+        """Say where rows (int64 (B,), on the host) stand, in one copy to the device that the host does not wait for."""
         chosen = self._columns[rows]
         return At(*upload(chosen, self.log_prob.device).unbind(1), on_host=chosen)
 
     def latents(self, at: At) -> tuple[torch.Tensor, torch.Tensor]:
-        """The latents before and after the step of each row, float32 (B, C, H, W), on the device."""
+        """Return the latents before and after the step of each row, float32 (B, C, H, W), on the device."""
         device = at.row.device
         if self.states.device == device:
             return self.states[at.state], self.states[at.next_state]
@@ -123,7 +123,7 @@ class Texts:
         self._cond, self._uncond = denoiser.encode(distinct, sampling)
 
     def of(self, at: At):
-        """What `predict` takes as ``cond`` and ``uncond`` for rows."""
+        """Return what `predict` takes as ``cond`` and ``uncond`` for rows."""
         if self.denoiser.trains_text:
             return self.denoiser.encode([self.prompts[k] for k in at.on_host[:, 1].tolist()], self.sampling)
         row = self._row[at.trajectory]
@@ -147,7 +147,7 @@ def rollout(
     on_images: Callable[[int, np.ndarray], None] = lambda start, images: None,
     on_step: Callable[[int], None] = lambda trajectories: None,
 ) -> Trajectories:
-    """Samples one trajectory for each prompt and number, ``batch`` at a time. The host waits for the device once a batch.
+    """Sample one trajectory for each prompt and number, ``batch`` at a time. The host waits for the device once a batch.
 
     ``keep`` says which latents are kept: those of all steps, the final ones, or none. ``trajectories_on`` is
     ``memory.trajectories``: with ``host`` the latents are copied beside the work, into pinned memory.
@@ -202,7 +202,7 @@ def scored_rollout(
     leave: Callable[[], None],
     **settings,
 ) -> Trajectories:
-    """This rank's share of the trajectories of prompts and numbers; each batch is scored while the next one is sampled.
+    """Sample this rank's share of the trajectories of prompts and numbers, each batch scored while the next is sampled.
 
     All ranks call the UNet equally often, as ZeRO 3 needs: a rank with one trajectory less draws its last one twice, and
     only its latents count twice, nothing else (see `Ranks.padded`). `gather_scores` waits for the rewards.
@@ -238,7 +238,7 @@ def scored_rollout(
 
 
 def gather_scores(rewards: Rewards, ranks: Ranks, n: int) -> Scores:
-    """The rewards of all n trajectories, on every rank; waits for them.
+    """Wait for the rewards of all n trajectories, and return them on every rank.
 
     Raises:
         RewardFailed: as `Rewards.collect`, on every rank, so that all of them end at the same place.
@@ -250,11 +250,11 @@ def gather_scores(rewards: Rewards, ranks: Ranks, n: int) -> Scores:
         failure = error
     if message := ranks.first_message(str(failure) if failure else ""):
         raise failure or RewardFailed(message)
-    return rewards.total({name: ranks.whole(values, n) for name, values in own.items()})
+    return rewards.total({name: ranks.gather_shares(values, n) for name, values in own.items()})
 
 
 def sampler_table(model: ModelConfig, sampling: SamplingConfig, steps: int | None = None) -> TransitionTable:
-    """The transitions of a model's scheduler; loads no weights. Raises ``UserError`` where they cannot be used."""
+    """Return the transitions of a model's scheduler; loads no weights. Raises ``UserError`` where they cannot be used."""
     path = model_source(model)
     family(path, model)  # refuses what cannot be trained, whatever its scheduler
     scheduler = read_json(path, model, "scheduler_config.json", "scheduler")

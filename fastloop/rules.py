@@ -12,7 +12,7 @@ if TYPE_CHECKING:  # which asks here
 
 
 def problem(config: Config) -> str | None:
-    """The first rule that a configuration breaks; ``None`` where it breaks none."""
+    """Find the first rule that a configuration breaks; ``None`` where it breaks none."""
     return _of_names(config) or _of_model(config) or _of_algorithm(config) or _of_engine(config)
 
 

@@ -29,7 +29,7 @@ _held: dict[Path, TextIO] = {}  # the lock files of the folders that this proces
 
 
 def claim_run_dir(config: Config, resume: bool, prompts: dict[str, dict[str, Any]]) -> tuple[Path, Path | None, bool]:
-    """Makes or takes over the folder of a run, and holds it until `release_run_dir` or the end of this process.
+    """Make or take over the folder of a run, and hold it until `release_run_dir` or the end of this process.
 
     Args:
         prompts: as from `prompt_facts`.
@@ -95,7 +95,7 @@ def claim_run_dir(config: Config, resume: bool, prompts: dict[str, dict[str, Any
 
 
 def release_run_dir(folder: Path) -> None:
-    """Lets other processes have the folder of a run that has ended."""
+    """Let other processes have the folder of a run that has ended."""
     if file := _held.pop(folder.resolve(), None):
         file.close()
 
@@ -152,7 +152,7 @@ def _check_prompts(folder: Path, config: Config, prompts: dict[str, dict[str, An
 
 
 def read_run_config(folder: Path) -> Config:
-    """The configuration of a run. Raises ``UserError`` where the folder holds none."""
+    """Read the configuration of a run. Raises ``UserError`` where the folder holds none."""
     path = folder / "config.yaml"
     if not path.exists():
         raise UserError(f"{folder} holds no run: it has no config.yaml")
@@ -160,7 +160,7 @@ def read_run_config(folder: Path) -> Config:
 
 
 def rewrite_config(folder: Path, config: Config) -> None:
-    """The resolved configuration of a run that has not begun."""
+    """Write the resolved configuration of a run that has not begun."""
     replace_text(folder / "config.yaml", dump_config(config))
 
 
@@ -172,7 +172,7 @@ def write_run(
     machine: dict[str, Any] | None = None,
     batches: dict[str, float] | None = None,
 ) -> None:
-    """Updates run.json: status is running, finished, stopped or failed; batches are those chosen by the free memory."""
+    """Update run.json: status is running, finished, stopped or failed; batches are those chosen by the free memory."""
     path, now = folder / "run.json", _now()
     try:
         facts = json.loads(path.read_text())

@@ -16,7 +16,7 @@ from fastloop.rundir import read_run_config
 
 
 def open_model(path: str, overrides: list[str]) -> tuple[Config, Callable[[], Denoiser]]:
-    """Opens a YAML file as the base model, or a run's folder as the model of its newest checkpoint.
+    """Open a YAML file as the base model, or a run's folder as the model of its newest checkpoint.
 
     Returns:
         The configuration with its overrides, and what loads the model; until that is called no weights are.

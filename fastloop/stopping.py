@@ -26,7 +26,7 @@ class StopRequest:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Within it the first SIGINT or SIGTERM asks for a clean stop; a second SIGINT ends at once."""
+        """Listen to signals: within it the first SIGINT or SIGTERM asks for a clean stop; a second SIGINT ends at once."""
         before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield
@@ -35,7 +35,7 @@ class StopRequest:
                 signal.signal(number, handler)
 
     def leave_if_asked(self, iteration: int) -> None:
-        """Called only where the state is that of so many finished iterations, and by all ranks at the same place.
+        """Leave if some rank was asked to; called only where the state is that of so many finished iterations, by all ranks.
 
         Raises:
             Stopped: some rank was asked.

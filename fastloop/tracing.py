@@ -56,10 +56,12 @@ class Profile(Observer):
         self.seconds: dict[str, list[float]] = defaultdict(list)
 
     def on_iteration(self, number: int) -> None:
+        """Count the iterations of the session."""
         self.seen, self.number = self.seen + 1, number
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
+        """Time a phase, and record it while the profiled iteration runs."""
         if name == "rollout" and (self.seen == 2 or (self.seen == 1 and self.number == self.last)):
             self.profile.start()
             self.running = True
@@ -89,7 +91,7 @@ class Profile(Observer):
 
 
 def count_waits(events) -> Waits:
-    """Waits of the loop's own thread between the first and the last forward of a rollout, and while gradients add up.
+    """Count the loop thread's waits between the first and the last forward of a rollout, and while gradients add up.
 
     Those of encoding and decoding, which are once a batch, do not count.
     """
@@ -120,7 +122,7 @@ def count_waits(events) -> Waits:
 
 
 def write(recording: Profile, title: str) -> None:
-    """Writes trace.json and top.txt."""
+    """Write trace.json and top.txt."""
     folder, found = recording.folder, recording.profile
     folder.mkdir(exist_ok=True)
     found.export_chrome_trace(str(folder / "trace.json"))

@@ -130,9 +130,12 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all: a reader, or a kill at any instant, sees the old text or the new."""
+    """Write a file whole or not at all: a reader, or a kill at any instant, sees the old text or the new.
+
+    Half of a surrogate pair, which UTF-8 cannot hold, is written as an escape such as \\udcff.
+    """
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
+    with temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

@@ -10,7 +10,7 @@ from fastloop.errors import UserError
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Parses, trains, and returns the exit code."""
+    """Parse, train, and return the exit code."""
     parser = cli.Parser(prog="fastloop/train.py", description=__doc__)
     parser.add_argument("--config", required=True, help="YAML file, such as configs/shapes_loop.yaml")
     parser.add_argument("--resume", action="store_true", help="go on with the run in output_dir, or start it")

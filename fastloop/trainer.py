@@ -124,7 +124,7 @@ class Trainer:
     # --- the loop ------------------------------------------------------------------------------------------------------
 
     def train(self) -> Path:
-        """Runs to ``config.iterations`` and returns the run's folder.
+        """Run to ``config.iterations`` and return the run's folder.
 
         Raises:
             Stopped: on SIGINT or SIGTERM, after a checkpoint was written.
@@ -186,7 +186,7 @@ class Trainer:
         return self.folder
 
     def rollout(self, prompts, ids: torch.Tensor) -> Trajectories:
-        """This rank's share of the trajectories of prompts and numbers, of all ranks; their rewards are then on their way."""
+        """Sample this rank's share of the trajectories of prompts and numbers; their rewards are then on their way."""
         config = self.config
         with self.observer.phase("rollout"), self._rollout_weights():
             return scored_rollout(
@@ -208,7 +208,7 @@ class Trainer:
             )
 
     def advantages(self, prompts: list[str], scores: Scores) -> torch.Tensor:
-        """Of the scores of P prompts with K images each: float32 (P K,), or (P K S,) where each trained step has its own."""
+        """Turn scores of P prompts with K images each into float32 (P K,), or (P K S,) where each trained step has its own."""
         groups = -1, self.config.images_per_prompt
         terms = {label: torch.from_numpy(values).view(groups) for label, values in scores.normalized.items()}
         weights = {reward.key: reward.weight for reward in self.config.rewards}
@@ -226,7 +226,7 @@ class Trainer:
 
     def _image_metrics(self, trajectories: Trajectories, n: int) -> dict[str, float]:
         values = image_statistics(trajectories.images[: len(self.ranks.share(n))])
-        return {name: float(self.ranks.whole(of_share, n).mean()) for name, of_share in values.items()}
+        return {name: float(self.ranks.gather_shares(of_share, n).mean()) for name, of_share in values.items()}
 
     def _log(self, metrics: dict[str, float]) -> None:
         if not self.ranks.main:

@@ -81,7 +81,7 @@ class TransitionTable:
 
 
 def transition_table(scheduler_config: Mapping[str, Any], steps: int, eta: float) -> TransitionTable:
-    """The DDIM table of `steps` transitions for a diffusers scheduler config, float64 on the CPU.
+    """Make the DDIM table of `steps` transitions for a diffusers scheduler config, float64 on the CPU.
 
     eta in [0, 1] scales the noise: 0 is deterministic, 1 is DDPM. As in diffusers' DDIMScheduler, the step from t lands
     on the noise level of max(t - num_train_timesteps // steps, 0); from t = 0 that is no move at all (a = 1, b = sigma = 0).

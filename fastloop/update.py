@@ -59,7 +59,7 @@ class PolicyUpdate:
         self._timesteps = table.timesteps.to(self.device)
 
     def __call__(self, trajectories: Trajectories, advantages: torch.Tensor, iteration: int) -> dict[str, float]:
-        """``updates_per_rollout`` optimizer steps over the shuffled rows of a rollout.
+        """Take ``updates_per_rollout`` optimizer steps over the shuffled rows of a rollout.
 
         A row whose advantage is 0 has no gradient, unless there is a KL, and is not run; an update of such rows alone takes no
         step. They still count in what an update averages over.
@@ -95,12 +95,12 @@ class PolicyUpdate:
         skipped = total - sum(int(teaches[update].sum()) for update in updates)
         quiet = None if self.ranks.main else True  # None: only where there is a terminal
         with tqdm(total=total - skipped, desc="  update", leave=False, disable=quiet) as bar:
-            for whole in updates:
-                update = whole[teaches[whole]]
+            for rows in updates:
+                update = rows[teaches[rows]]
                 if len(update) == 0:
                     continue
                 batches = micro_batches(update, self.rows, self.ranks, config.images_per_rollout, config.memory.update_batch)
-                seen = self.add_gradients(batches, len(whole), transitions, own, text, bar)
+                seen = self.add_gradients(batches, len(rows), transitions, own, text, bar)
                 found.append(self._of_ranks(dict(zip(names, seen.cpu().double().numpy().T, strict=True))))
                 ran.append(len(update))
                 if len(ran) == 1:
@@ -123,7 +123,7 @@ class PolicyUpdate:
         text: Texts,
         bar: tqdm | None = None,
     ) -> torch.Tensor:
-        """Adds up the gradients of an update's micro-batches; nothing in here waits for the device.
+        """Add up the gradients of an update's micro-batches; nothing in here waits for the device.
 
         Args:
             batches: of rows of ``transitions``, as from `micro_batches`. rows: what the sum is divided by; those that are not
@@ -150,7 +150,7 @@ class PolicyUpdate:
     def loss(
         self, transitions: Transitions, advantages: torch.Tensor, rows: torch.Tensor, text: Texts
     ) -> tuple[PolicyTerms, torch.Tensor, dict[str, torch.Tensor]]:
-        """As `micro_batch_loss`, of rows (int64 (B,), on the host) of ``transitions``."""
+        """Compute `micro_batch_loss` of rows (int64 (B,), on the host) of ``transitions``."""
         at = transitions.at(rows)
         x_t, x_prev = transitions.latents(at)
         a, b, sigma, weight = (column[at.step] for column in self._columns)
@@ -170,7 +170,7 @@ class PolicyUpdate:
         return micro_batch_loss(self.denoiser, self.ops, self.config, batch, *text.of(at))
 
     def check_replay(self, trajectories: Trajectories) -> float:
-        """Replays the first rollout batch of each rank as it was sampled: every ratio must be 1. Returns max |ratio - 1|.
+        """Replay the first rollout batch of each rank as it was sampled: every ratio must be 1. Returns max |ratio - 1|.
 
         With gradients on where an update's micro-batch is as large, so that what differs with them shows.
 

@@ -20,7 +20,7 @@ CAPABILITY = (8, 0)  # the oldest GPUs that the kernels are compiled for in the 
 
 
 def triton_problem(device: torch.device) -> str | None:
-    """Why the Triton kernels cannot run on a device; ``None`` where they can."""
+    """Say why the Triton kernels cannot run on a device; ``None`` where they can."""
     try:
         import triton
     except ImportError:
@@ -38,7 +38,7 @@ def triton_problem(device: torch.device) -> str | None:
 
 
 def choose(name: str, device: torch.device) -> str:
-    """``triton`` or ``reference``: where ``auto``, what the variable FASTLOOP_KERNELS says, else Triton on a GPU that can.
+    """Return ``triton`` or ``reference``: for ``auto`` what the variable FASTLOOP_KERNELS says, else Triton on a GPU that can.
 
     Raises:
         ValueError: the name is not one of ``BACKENDS``, or Triton is asked for and cannot run.
@@ -56,7 +56,7 @@ def choose(name: str, device: torch.device) -> str:
 
 
 def backend(name: str, device: torch.device) -> ModuleType:
-    """The module with ``initial_noise``, ``sample_transition`` and ``policy_loss`` for a device; raises as `choose`."""
+    """Return the module with ``initial_noise``, ``sample_transition`` and ``policy_loss`` for a device; raises as `choose`."""
     if choose(name, device) == "reference":
         return reference
     from . import fused  # imports triton
@@ -65,7 +65,7 @@ def backend(name: str, device: torch.device) -> ModuleType:
 
 
 def fuse(unet: torch.nn.Module, name: str, device: torch.device) -> None:
-    """Puts the fused modules into a diffusers UNet where the backend of a device is Triton; raises as `choose`."""
+    """Put the fused modules into a diffusers UNet where the backend of a device is Triton; raises as `choose`."""
     if choose(name, device) == "triton":
         from .unet import fuse_unet
 

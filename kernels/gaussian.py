@@ -7,6 +7,24 @@ z^2 is rounded to a multiple of 2^-30 and summed in float64, where such sums are
 a policy near its samples come to about D): any order, block size or split gives the same bits. The kernels are compiled
 without contraction into fused multiply-adds (``enable_fp_fusion=False``), so element-wise arithmetic agrees as well, with
 each other and with the twins in ``reference``.
+
+**Parameters of the kernels** in ``transition`` and ``policy``: B rows, one transition each, of latents with D elements, which
+S blocks of BLOCK elements cover. Tensors are contiguous unless a stride is given; strides are in elements.
+
+    cond_ptr, uncond_ptr            (B, D), float32, bfloat16 or float16: the model's outputs, ``uncond`` only where GUIDED;
+                                    rows stand cond_stride and uncond_stride apart, each row-major, or channels_last where
+                                    CHANNELS > 0
+    x_t_ptr, x_prev_ptr             float32 (B, D): the latents before and after the step, row-major
+    a_ptr, b_ptr, sigma_ptr         float32 (B,): the step's coefficients
+    log_prob_ptr, log_prob_old_ptr, advantage_ptr, loss_ptr, ratio_ptr, slope_ptr
+                                    float32 (B,); slope: d loss / d log p
+    trajectory_ptr, step_ptr        int64 (B,): what keys the noise, beside the 64 bits of ``seed``
+    partial_ptr                     float64 (B, S): sums of squares of the blocks; (2 B, S) with the KL mask
+    statistics_ptr                  float32 (5,): ``reference.STATISTICS``
+    grad_loss_ptr                   float32 (B,), grad_loss_stride apart, which is 0 for one gradient for all rows
+    grad_cond_ptr, grad_uncond_ptr  (B, D), of the outputs' dtype and memory layout, without gaps between rows
+    guidance, low, high, clip_range float32: the weight w; the ratio's window 1 -+ eps, and eps
+    rows, size, splits, pixels      B, D, S; D / CHANNELS in channels_last, else 1
 """
 
 from __future__ import annotations
@@ -28,7 +46,7 @@ INTERPRETED = triton.knobs.runtime.interpret
 
 @triton.jit
 def model_offset(offset, pixels, CHANNELS: tl.constexpr):
-    """Where element ``offset`` of a row-major latent stands: there, or in channels_last memory where CHANNELS > 0."""
+    """Return where element ``offset`` of a row-major latent stands: there, or in channels_last memory where CHANNELS > 0."""
     if CHANNELS:
         return (offset % pixels) * CHANNELS + offset // pixels
     return offset
@@ -36,7 +54,7 @@ def model_offset(offset, pixels, CHANNELS: tl.constexpr):
 
 @triton.jit
 def guided_mean(cond, uncond, x_t, a, b, guidance, GUIDED: tl.constexpr):
-    """a x_t + b (u + w (c - u)), float32, from model outputs of any floating dtype."""
+    """Return a x_t + b (u + w (c - u)), float32, from model outputs of any floating dtype."""
     m = cond.to(tl.float32)
     if GUIDED:
         u = uncond.to(tl.float32)
@@ -46,13 +64,13 @@ def guided_mean(cond, uncond, x_t, a, b, guidance, GUIDED: tl.constexpr):
 
 @triton.jit
 def inverse(sigma):
-    """1 / sigma, correctly rounded; 0 where sigma is 0, so that such a row contributes nothing."""
+    """Return 1 / sigma, correctly rounded; 0 where sigma is 0, so that such a row contributes nothing."""
     return tl.where(sigma > 0, tl.div_rn(1.0, tl.where(sigma > 0, sigma, 1.0)), 0.0)
 
 
 @triton.jit
 def exact_sum(residual, inverse_sigma, mask):
-    """Sum of (residual / sigma)^2 over a block, float64, the same for every order of the sum (see the module)."""
+    """Return the sum of (residual / sigma)^2 over a block, float64, the same for every order of the sum (see the module)."""
     z = residual * inverse_sigma
     square = (z * z).to(tl.float64)
     # adding and taking away 1.5 * 2^22 rounds to a multiple of 2^-30 (float64 has 52 bits after the first)
@@ -61,7 +79,7 @@ def exact_sum(residual, inverse_sigma, mask):
 
 @triton.jit
 def row_sums(partial_ptr, row, valid, splits, ROWS: tl.constexpr, SPLITS: tl.constexpr):
-    """The second stage: float64 (ROWS,), the sums of partial sums (rows, splits)."""
+    """Add up the partial sums of rows, int32 (ROWS,), where ``valid``; the second stage. Returns float64 (ROWS,)."""
     total = tl.zeros((ROWS,), tl.float64)
     for start in range(0, splits, SPLITS):
         split = start + tl.arange(0, SPLITS)
@@ -72,7 +90,7 @@ def row_sums(partial_ptr, row, valid, splits, ROWS: tl.constexpr, SPLITS: tl.con
 
 @triton.jit
 def log_prob_of(total, sigma, size):
-    """log p from the sum of squares, as a mean over the elements; 0 where sigma is 0. In float64 until the end."""
+    """Return log p from the sum of squares, as a mean over the elements; 0 where sigma is 0. In float64 until the end."""
     scale = tl.where(sigma > 0, sigma, 1.0).to(tl.float64)
     value = -(total / (2.0 * size) + tl.log(scale) + 0.9189385332046727)  # log(2 pi) / 2
     return tl.where(sigma > 0, value, 0.0).to(tl.float32)
@@ -80,7 +98,7 @@ def log_prob_of(total, sigma, size):
 
 @triton.jit
 def standard_normal(seed, trajectory, step, first, BLOCK: tl.constexpr):
-    """Noise of elements first to first + BLOCK - 1 of one trajectory at one step: the numbers of ``reference.normal``."""
+    """Draw the noise of elements first to first + BLOCK - 1 of a trajectory at a step: the numbers of ``reference.normal``."""
     counter = first // 4 + tl.arange(0, BLOCK // 4)
     zero = (counter * 0).to(tl.uint32)
     step = zero + step.to(tl.uint32)
@@ -93,6 +111,7 @@ def standard_normal(seed, trajectory, step, first, BLOCK: tl.constexpr):
 
 @triton.jit
 def box_muller(word_a, word_b):
+    """Turn two words of 32 bits into two standard normal numbers, float32."""
     u, v = uniform(word_a), uniform(word_b)
     radius = tl.sqrt_rn(-2.0 * tl.log(u))
     cosine, sine = cos_sin(6.283185307179586 * v)
@@ -101,7 +120,7 @@ def box_muller(word_a, word_b):
 
 @triton.jit
 def cos_sin(angle):
-    """cos and sin of angles in [0, 2 pi], to 1e-7.
+    """Return cos and sin of angles in [0, 2 pi], to 1e-7.
 
     Cephes: the nearest multiple of pi / 2 is taken off in three parts, so that no digits are lost, and the rest goes into
     polynomials. The libraries' functions hold a path for huge angles that costs registers and is never taken here.
@@ -119,27 +138,27 @@ def cos_sin(angle):
 
 @triton.jit
 def uniform(word):
-    """23 bits of a word, in (0, 1), exact in float32."""
+    """Turn 23 bits of a word into a float32 in (0, 1), exactly."""
     return ((word >> 9).to(tl.float32) + 0.5) * 1.1920928955078125e-07  # 2^-23
 
 
 def splits_of(size: int, block: int) -> int:
-    """Programs for the elements of one row."""
+    """Return the number of programs for the elements of one row."""
     return triton.cdiv(size, block)
 
 
 def rows_contiguous(tensor: torch.Tensor) -> bool:
-    """Whether each row tensor[i] is row-major in memory."""
+    """Say whether each row tensor[i] is row-major in memory."""
     return tensor[0].is_contiguous()
 
 
 def channels_last(tensor: torch.Tensor) -> bool:
-    """Whether each row of (B, C, H, W) is channels_last in memory, and not row-major as well."""
+    """Say whether each row of (B, C, H, W) is channels_last in memory, and not row-major as well."""
     return tensor.dim() == 4 and not rows_contiguous(tensor) and tensor[0].movedim(0, -1).is_contiguous()
 
 
 def model_layout(cond: torch.Tensor, uncond: torch.Tensor | None):
-    """The model outputs in a memory layout that the kernels read: both row-major, or both channels_last.
+    """Bring the model outputs into a memory layout that the kernels read: both row-major, or both channels_last.
 
     Returns:
         cond, uncond, and the number of channels where they are channels_last, else 0.
@@ -152,10 +171,10 @@ def model_layout(cond: torch.Tensor, uncond: torch.Tensor | None):
     return cond, uncond, 0
 
 
-def check(
+def check_arguments(
     latents: dict[str, torch.Tensor], outputs: dict[str, torch.Tensor | None], rows: dict[str, torch.Tensor | None]
 ) -> None:
-    """Refuses what the kernels would read wrongly.
+    """Refuse what the kernels would read wrongly.
 
     Args:
         latents: float32 (B, ...), all of one shape. outputs: model outputs, of that shape, any one floating dtype, or None.
@@ -184,7 +203,7 @@ def check(
 
 
 def check_model_dtype(name: str, tensor: torch.Tensor) -> None:
-    """Raises ``ValueError`` for a dtype that no kernel reads, and for a device that runs none."""
+    """Raise ``ValueError`` for a dtype that no kernel reads, and for a device that runs none."""
     if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"{name}: dtype {tensor.dtype}: expected float32, bfloat16 or float16")
     runs = tensor.device.type == "cuda" or INTERPRETED or isinstance(tensor, FakeTensor)  # of fake ones nothing is computed
@@ -193,5 +212,5 @@ def check_model_dtype(name: str, tensor: torch.Tensor) -> None:
 
 
 def signed(seed: int) -> int:
-    """A 64-bit seed as the integer type of operator schemas."""
+    """Return a 64-bit seed as the integer type of operator schemas."""
     return seed - 2**64 if seed >= 2**63 else seed

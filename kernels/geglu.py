@@ -2,6 +2,9 @@
 
 Saved for the backward: the projection alone, which is the input; stock modules keep gelu(gate) and both halves' products too.
 Memory traffic per output element of size s: forward reads 2 s and writes s, backward reads 3 s and writes 2 s.
+
+Parameters of the kernels: projected_ptr and grad_ptr point to (rows, 2 inner), y_ptr and dy_ptr to (rows, inner), contiguous
+and of one dtype, float32, bfloat16 or float16. ``size`` is rows x inner, of which a program takes BLOCK. WIDE: 64-bit offsets.
 """
 
 from __future__ import annotations
@@ -29,11 +32,13 @@ def _places(size, inner, BLOCK: tl.constexpr, WIDE: tl.constexpr):
 
 @triton.jit
 def _normal_cdf(x):
+    """Phi(x), float32."""
     return 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
 
 
 @triton.jit
 def _forward(projected_ptr, y_ptr, size, inner, BLOCK: tl.constexpr, WIDE: tl.constexpr):
+    """hidden * gelu(gate) of a block of outputs, computed in float32."""
     at, hidden_at, mask = _places(size, inner, BLOCK, WIDE)
     hidden = tl.load(projected_ptr + hidden_at, mask, 0.0).to(tl.float32)
     gate = tl.load(projected_ptr + hidden_at + inner, mask, 0.0).to(tl.float32)
@@ -92,7 +97,7 @@ _geglu.register_autograd(_backward, setup_context=lambda ctx, inputs, output: ct
 
 
 def geglu(projected: Tensor) -> Tensor:
-    """hidden * gelu(gate) with (hidden, gate) the halves of the last dimension, as ``reference.geglu``; one launch each way.
+    """Compute hidden * gelu(gate) of the halves of the last dimension, as ``reference.geglu``; one launch each way.
 
     Args:
         projected: (..., 2 I), float32, bfloat16 or float16; computed in float32.

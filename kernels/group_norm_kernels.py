@@ -1,4 +1,16 @@
-"""The Triton kernels of `group_norm_silu`: sums over stretches of pixels, statistics of groups, outputs and gradients."""
+"""The Triton kernels of `group_norm_silu`: sums over stretches of pixels, statistics of groups, outputs and gradients.
+
+N samples, C channels in G groups, P pixels, S stretches of ``stretch`` pixels. All tensors are without gaps:
+
+    x_ptr, y_ptr, dy_ptr, dx_ptr       (N, C, P), float32, bfloat16 or float16; row-major, or (N, P, C) where LAST
+    weight_ptr, bias_ptr               (C,), any floating dtype; grad_weight_ptr and grad_bias_ptr of theirs
+    mean_ptr, rstd_ptr                 float32 (N, G)
+    partial_ptr                        float32 (2, N, S, C): two sums for each channel and stretch
+    means_ptr                          float32 (2, N, G): of weight dh, and of weight dh xhat
+    samples, channels, groups, pixels  N, C, G, P; splits: S; rows: N S
+
+BLOCK_C channels and BLOCK_P pixels are a program's tile; SPLITS and WIDTH are S and C / G, rounded up to powers of 2.
+"""
 
 from __future__ import annotations
 
@@ -123,6 +135,7 @@ def _output(
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
+    """y = silu(h) of a tile."""
     sample = tl.program_id(2)
     pixel = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)

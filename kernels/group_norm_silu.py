@@ -156,7 +156,7 @@ _group_norm_silu.register_autograd(_backward, setup_context=_setup_context)
 
 
 def group_norm_silu(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """silu(group_norm(x)), as ``reference.group_norm_silu``; three launches, the backward three or four.
+    """Compute silu(group_norm(x)), as ``reference.group_norm_silu``; three launches, the backward three or four.
 
     Args:
         x: (N, C, ...), row-major or channels_last, float32, bfloat16 or float16; computed in float32.

@@ -45,7 +45,7 @@ def _mean(
     GUIDED: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """The mean of a block of one pair, float32."""
+    """The mean of a block of one pair, float32 (BLOCK,); ``row`` is a scalar, ``offset`` and ``mask`` are (BLOCK,)."""
     at, long_row = gaussian.model_offset(offset, pixels, CHANNELS), row.to(tl.int64)
     cond = tl.load(cond_ptr + long_row * cond_stride + at, mask, 0.0)
     uncond = cond
@@ -78,6 +78,7 @@ def _residual_sums(
     MASK_KL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """Grid (S, B): write the partial sums of a block. Parameters as in ``gaussian``, for all kernels here."""
     split, row = tl.program_id(0), tl.program_id(1)
     splits, rows = tl.num_programs(0), tl.num_programs(1)
     offset = split * BLOCK + tl.arange(0, BLOCK)
@@ -118,7 +119,7 @@ def _finish(
     ROWS: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
-    """One program for all pairs, so that the statistics have one order too."""
+    """Grid (1,): one program for all pairs, so that the statistics have one order too."""
     clipped_high, clipped_low = tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS,), tl.float32)
     change_squares, ratios = tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS,), tl.float32)
     deviations = tl.zeros((ROWS,), tl.float32)
@@ -189,7 +190,7 @@ def _gradients(
     CHANNELS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """d log p / d mean = (x_prev - mean) / (D sigma^2); d mean / d cond = b w, d mean / d uncond = b (1 - w)."""
+    """Grid (S, B): d log p / d mean = (x_prev - mean) / (D sigma^2); d mean / d cond = b w, d mean / d uncond = b (1 - w)."""
     split, row = tl.program_id(0), tl.program_id(1)
     offset = split * BLOCK + tl.arange(0, BLOCK)
     mask, long_row = offset < size, row.to(tl.int64)
@@ -374,7 +375,7 @@ def policy_loss(
     objective: str,
     seed: int = 0,
 ) -> PolicyTerms:
-    """The policy-gradient loss of a micro-batch, as ``reference.policy_loss``: two launches, one backward.
+    """Compute the policy-gradient loss of a micro-batch, as ``reference.policy_loss``: two launches, one backward.
 
     Raises:
         ValueError: an argument has the wrong shape, dtype or device, or the objective is not fused.
@@ -385,7 +386,7 @@ def policy_loss(
         raise ValueError("kl_mask: needs trajectory and step, which key the noise that sampled x_prev")
     vectors = ("a", "b", "sigma", "log_prob_old", "advantage", "trajectory", "step")
     of_rows = {name: getattr(batch, name) for name in vectors}
-    gaussian.check({"x_t": batch.x_t, "x_prev": batch.x_prev}, {"cond": cond, "uncond": uncond}, of_rows)
+    gaussian.check_arguments({"x_t": batch.x_t, "x_prev": batch.x_prev}, {"cond": cond, "uncond": uncond}, of_rows)
     loss, log_prob, ratio, _, statistics = _policy_loss(
         cond, uncond, batch.x_t, batch.x_prev, batch.a, batch.b, batch.sigma, float(guidance), batch.log_prob_old,
         batch.advantage, float(clip_range), objective, gaussian.signed(seed), batch.trajectory, batch.step,

@@ -69,7 +69,7 @@ class PolicyTerms:
 
 
 def philox(seed: int, counter: tuple[torch.Tensor | int, ...]) -> tuple[torch.Tensor, ...]:
-    """Philox 4x32-10: four words of 32 bits (int64 tensors) for each counter of four words. ``seed`` has 64 bits."""
+    """Return four words of 32 bits (int64 tensors) for each counter of four words: Philox 4x32-10. ``seed`` has 64 bits."""
     c0, c1, c2, c3 = counter
     k0, k1 = seed & _MASK, (seed >> 32) & _MASK
     for _ in range(10):
@@ -81,7 +81,7 @@ def philox(seed: int, counter: tuple[torch.Tensor | int, ...]) -> tuple[torch.Te
 
 
 def normal(seed: int, trajectory: torch.Tensor, step: int | torch.Tensor, size: int) -> torch.Tensor:
-    """Standard normal noise, float32 (B, size), of trajectories (int64 (B,)) at a step, or at one each (int64 (B,)).
+    """Draw standard normal noise, float32 (B, size), of trajectories (int64 (B,)) at a step, or at one each (int64 (B,)).
 
     Box-Muller on 23-bit uniforms.
 
@@ -101,7 +101,7 @@ def normal(seed: int, trajectory: torch.Tensor, step: int | torch.Tensor, size: 
 
 
 def initial_noise(seed: int, trajectory: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    """x_T of trajectories (int64 (B,)): float32 (B, *shape)."""
+    """Draw x_T of trajectories (int64 (B,)): float32 (B, *shape)."""
     return normal(seed, trajectory, INITIAL, math.prod(shape)).view(-1, *shape)
 
 
@@ -117,7 +117,7 @@ def sample_transition(
     trajectory: torch.Tensor,
     step: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One reverse step: guidance, mean, noise, sample and its log-prob.
+    """Take one reverse step: guidance, mean, noise, sample and its log-prob.
 
     Args:
         cond, uncond: model outputs (B, ...), any floating dtype; ``uncond`` is ``None`` without guidance.
@@ -142,7 +142,7 @@ def policy_loss(
     objective: str,
     seed: int = 0,
 ) -> PolicyTerms:
-    """The policy-gradient loss of a micro-batch, with gradients for ``cond`` and ``uncond``.
+    """Compute the policy-gradient loss of a micro-batch, with gradients for ``cond`` and ``uncond``.
 
     Args:
         cond, uncond, guidance: as in ``sample_transition``. objective: a key of ``fastloop.objectives.OBJECTIVES``.
@@ -168,7 +168,7 @@ def policy_loss(
 
 
 def transition_mean(cond, uncond, x_t, a, b, guidance: float) -> torch.Tensor:
-    """a x_t + b (u + w (c - u)), float32 (B, ...)."""
+    """Return a x_t + b (u + w (c - u)), float32 (B, ...)."""
     cond = cond.float()
     guided = cond if uncond is None else uncond.float() + guidance * (cond - uncond.float())
     return _expand(a, x_t) * x_t + _expand(b, x_t) * guided
@@ -198,11 +198,11 @@ def _expand(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 def group_norm_silu(x: torch.Tensor, groups: int, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
-    """silu(group_norm(x)) of (N, C, ...), as stock diffusers computes it."""
+    """Compute silu(group_norm(x)) of (N, C, ...), as stock diffusers computes it."""
     return torch.nn.functional.silu(torch.nn.functional.group_norm(x, groups, weight, bias, eps))
 
 
 def geglu(projected: torch.Tensor) -> torch.Tensor:
-    """hidden * gelu(gate) with (hidden, gate) the halves of the last dimension: (..., 2 I) -> (..., I)."""
+    """Compute hidden * gelu(gate) of the halves (hidden, gate) of the last dimension: (..., 2 I) -> (..., I)."""
     hidden, gate = projected.chunk(2, dim=-1)
     return hidden * torch.nn.functional.gelu(gate)

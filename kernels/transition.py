@@ -40,6 +40,7 @@ def _sample(
     CHANNELS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """Grid (S, B): write x_prev and the partial sums of a block. Parameters as in ``gaussian``, one ``step`` for all."""
     split, row = tl.program_id(0), tl.program_id(1)
     offset = split * BLOCK + tl.arange(0, BLOCK)
     mask = offset < size
@@ -60,6 +61,7 @@ def _sample(
 
 @triton.jit
 def _finish(partial_ptr, sigma_ptr, log_prob_ptr, rows, size, splits, ROWS: tl.constexpr, SPLITS: tl.constexpr):
+    """Grid (B / ROWS,): write the log-probs of ROWS rows. Parameters as in ``gaussian``."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     valid = row < rows
     total = gaussian.row_sums(partial_ptr, row, valid, splits, ROWS, SPLITS)
@@ -68,6 +70,7 @@ def _finish(partial_ptr, sigma_ptr, log_prob_ptr, rows, size, splits, ROWS: tl.c
 
 @triton.jit(do_not_specialize=["seed", "step"])
 def _noise(out_ptr, trajectory_ptr, seed, step, size, BLOCK: tl.constexpr):
+    """Grid (S, B): write a block of noise to ``out_ptr``, float32 (B, D). The others as in ``gaussian``."""
     first, row = tl.program_id(0) * BLOCK, tl.program_id(1)
     offset = first + tl.arange(0, BLOCK)
     noise = gaussian.standard_normal(seed, tl.load(trajectory_ptr + row), step, first, BLOCK)
@@ -139,7 +142,7 @@ def _(seed, trajectory, size):
 
 
 def initial_noise(seed: int, trajectory: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """x_T of trajectories, as ``reference.initial_noise``. No gradients."""
+    """Draw x_T of trajectories, as ``reference.initial_noise``. No gradients."""
     return _initial_noise(gaussian.signed(seed), trajectory, math.prod(shape)).view(-1, *shape)
 
 
@@ -155,11 +158,11 @@ def sample_transition(
     trajectory: Tensor,
     step: int,
 ) -> tuple[Tensor, Tensor]:
-    """One reverse step, as ``reference.sample_transition``: two launches, no gradients.
+    """Take one reverse step, as ``reference.sample_transition``: two launches, no gradients.
 
     Raises:
         ValueError: an argument has the wrong shape, dtype or device.
     """
     rows = {"a": a, "b": b, "sigma": sigma, "trajectory": trajectory}
-    gaussian.check({"x_t": x_t}, {"cond": cond, "uncond": uncond}, rows)
+    gaussian.check_arguments({"x_t": x_t}, {"cond": cond, "uncond": uncond}, rows)
     return _sample_transition(cond, uncond, x_t, a, b, sigma, float(guidance), gaussian.signed(seed), trajectory, step)

@@ -16,6 +16,7 @@ class GroupNormSiLU(nn.GroupNorm):
     """A group normalisation that does the SiLU after it as well."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return silu(group_norm(x)) of (N, C, ...)."""
         return group_norm_silu(x, self.num_groups, self.weight, self.bias, self.eps)
 
 
@@ -23,6 +24,7 @@ class SiLUDone(nn.SiLU):
     """The SiLU of a block whose norms have done it: feature maps (4 dimensions) pass, the time embedding (2) does not."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return feature maps as they are, and silu(x) of anything else."""
         return x if x.dim() == 4 else super().forward(x)
 
 
@@ -30,6 +32,7 @@ class FusedGEGLU(GEGLU):
     """The gate and its product in one kernel after the projection."""
 
     def forward(self, hidden_states: Tensor, *args, **kwargs) -> Tensor:
+        """Project (..., C) to (..., 2 I) and return hidden * gelu(gate), (..., I)."""
         return geglu(self.proj(hidden_states))
 
 
@@ -38,7 +41,7 @@ _FUSED = {stock: fused for fused, stock in _STOCK.items()}
 
 
 def fuse_unet(unet: nn.Module) -> int:
-    """Fuses what can be: norms with SiLU of residual blocks and of the output, gated linear units.
+    """Fuse what can be: norms with SiLU of residual blocks and of the output, gated linear units.
 
     A block with another activation, or whose second norm is scaled and shifted before the activation, stays as it is.
 
@@ -58,7 +61,7 @@ def fuse_unet(unet: nn.Module) -> int:
 
 
 def unfuse_unet(unet: nn.Module) -> None:
-    """Takes back what `fuse_unet` has done."""
+    """Take back what `fuse_unet` has done."""
     for module in unet.modules():
         module.__class__ = _STOCK.get(type(module), type(module))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from fastloop.config import Config
 from fastloop.errors import UserError
 from fastloop.objectives import OBJECTIVES
 from fastloop.prompts import load_prompts
-from fastloop.recipes import apply_overrides, dump_config, load_config, parse_config
+from fastloop.recipes import _model_of, apply_overrides, dump_config, load_config, parse_config
 from fastloop.rollout import sampler_table
 
 RECIPES = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
@@ -45,6 +46,32 @@ def problem(load, *arguments: str) -> str:
     with pytest.raises(UserError) as caught:
         load(*arguments)
     return str(caught.value)
+
+
+# --- what is documented ------------------------------------------------------------------------------------------------
+
+
+def test_every_key_is_described_and_docs_config_md_has_the_tables_of_the_models():
+    def undescribed(model: type[BaseModel], prefix: str = ""):
+        for name, field in model.model_fields.items():
+            if not field.description:
+                yield prefix + name
+            if below := _model_of(field.annotation):
+                yield from undescribed(below, f"{prefix}{name}.")
+
+    assert list(undescribed(Config)) == [], "give these keys a description"
+    script = Path(__file__).parent.parent / "docs" / "config_tables.py"
+    spec = importlib.util.spec_from_file_location("config_tables", script)
+    tables = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tables)
+    page = tables.PAGE.read_text()
+    assert page == tables.rewritten(page), "the configuration has changed: python docs/config_tables.py"
+    assert page.count(tables.HEADER) == len(tables.PREFIXES), "a table in docs/config.md is of no section any more"
+
+
+@pytest.mark.parametrize("key, registry", [("advantage", ADVANTAGES), ("objective", OBJECTIVES)])
+def test_the_description_of_a_key_that_takes_a_name_has_every_name(key, registry):
+    assert [name for name in registry if f"`{name}`" not in Config.model_fields[key].description] == []
 
 
 # --- what is read -----------------------------------------------------------------------------------------------------

@@ -1,14 +1,13 @@
-"""The documents name every key, every metric, and only files that exist."""
+"""The documents name every metric, and only files that exist; what is public says what it does."""
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
 import pytest
 
-from fastloop.config import Config
-from fastloop.recipes import _model_of
 from fastloop.tracking import read_rows
 from fastloop.trainer import Trainer
 
@@ -42,20 +41,6 @@ def test_anchors_exist():
             assert anchor in anchors(page.parent / file if file else page), f"{page.name}: {file}#{anchor}"
 
 
-def test_every_key_of_the_configuration_has_a_row():
-    rows = set(re.findall(r"^\| `(\w+)` \|", (ROOT / "docs/config.md").read_text(), re.M))
-    sections = set(re.findall(r"^## (?:\w+\.)?(\w+)$", (ROOT / "docs/config.md").read_text(), re.M))
-
-    def missing(model):
-        for name, field in model.model_fields.items():
-            if name not in rows | sections:
-                yield name
-            if below := _model_of(field.annotation):
-                yield from missing(below)
-
-    assert list(missing(Config)) == []
-
-
 def test_every_metric_is_defined(make_config):
     folder = Trainer(make_config(iterations=1, kl={"weight": 0.1})).train()
     defined = set(re.findall(r"`([\w/]+)`", (ROOT / "docs/metrics.md").read_text()))
@@ -72,3 +57,21 @@ def test_every_test_that_reliability_names_is_there():
         functions = re.findall(r"^def (test_\w+)", (ROOT / "tests" / file).read_text(), re.M)
         for word in words.strip('"').split(" or "):
             assert any(word in function for function in functions), (file, word)
+
+
+def test_what_is_public_has_a_docstring_and_of_functions_it_begins_with_a_verb():
+    no_verbs = {"", "An", "As", "At", "Every", "How", "Of", "The", "This", "What", "When", "Where", "Whether", "Why", "Within"}
+
+    def public(body):
+        for node in body:
+            if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and not node.name.startswith("_"):
+                yield node
+                yield from public(node.body if isinstance(node, ast.ClassDef) else [])
+
+    for path in [*(ROOT / "fastloop").rglob("*.py"), *(ROOT / "kernels").glob("*.py")]:
+        for node in public(ast.parse(path.read_text()).body):
+            says = ast.get_docstring(node)
+            assert says, f"{path}:{node.lineno}: {node.name} has no docstring"
+            if not isinstance(node, ast.ClassDef) and not any("property" in ast.unparse(d) for d in node.decorator_list):
+                first = re.match(r"(?:[A-Z][a-z]+\b)?", says)[0]
+                assert first not in no_verbs, f"{path}:{node.lineno}: begin with a verb, as in 'Return ...'"

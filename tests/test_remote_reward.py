@@ -458,8 +458,8 @@ def test_a_passing_fault_is_got_over_with_the_same_request_again(fault):
 @pytest.mark.parametrize(
     "fault, says",
     [
-        (DROPPED, "Remote end closed connection without response"),
-        (HALF, "IncompleteRead"),
+        (DROPPED, "Server disconnected without sending a response"),
+        (HALF, "peer closed connection without sending complete message body (received 17 bytes"),
         (30.0, "timed out"),
         (answer(b'{"error": "out of\\nmemory"}', "500 Oh"), "HTTP 500: out of memory"),
     ],
@@ -499,7 +499,7 @@ def test_an_answer_that_cannot_be_used_fails_at_once(fault, says):
         (answer(b"", "418 \x1b]0;mine\x07 \x1b[2J"), r"answered HTTP 418: \x1b]0;mine\x07 \x1b[2J"),
         (answer(b"[" * 100_000, "500 No"), "HTTP 500: No"),
         (answer(b"\x1b[2J\x9b"), r"answered b'\x1b[2J\x9b', which is no"),
-        (b"\x1b[2J\x9b\r\n", r"\x1b[2J\x9b"),
+        (b"\x1b[2J\x9b\r\n", "failed 2 times, at last with illegal"),
         (answer(b'{"scores": [1' + b"0" * 400 + b", 1]}"), "which is no"),
     ],
     ids=["escapes", "long", "reason", "deep", "score", "not HTTP", "large"],
@@ -508,6 +508,25 @@ def test_nothing_that_a_server_answers_reaches_the_terminal_as_it_is(fault, says
     with scripted(fault, fault) as (url, _), pytest.raises(RunFailed) as caught:
         ask(url, retries=1)
     assert says in str(caught.value) and str(caught.value).isprintable() and len(str(caught.value)) <= LIMIT
+
+
+def test_an_answer_that_does_not_end_is_left_in_the_middle(monkeypatch):
+    monkeypatch.setattr("fastloop.rewards.remote.MAX_ANSWER", 1000)
+    endless = answer(b"1" * 5000, length=10**9)
+    with scripted(endless) as (url, seen), pytest.raises(RunFailed, match="/score answered more than 1000 bytes$"):
+        ask(url)
+    assert len(seen) == 1
+
+
+def test_no_proxy_of_the_environment_is_asked(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        nobody = f"http://127.0.0.1:{taken.getsockname()[1]}"
+    for variable in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.setenv(variable, nobody)
+    for variable in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(variable, raising=False)
+    with scripted(FINE) as (url, _):
+        assert ask(url, retries=0).tolist() == [1.5, 2.5]
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from PIL import Image
 
 from fastloop.grids import before_after_grid, image_grid
 from fastloop.report import write_report
+from fastloop.report.formats import duration
 from fastloop.tracking import Tracker
 
 INJECTION = "<script>alert('x')</script> & \"quoted\""
@@ -199,6 +200,27 @@ def test_markup_and_template_code_in_a_run_are_shown_as_text(tmp_path):
         assert text in texts
 
 
+def test_half_of_a_surrogate_pair_in_a_runs_texts_is_written_as_an_escape(tmp_path):
+    half = "\udcff"  # as Python reads a byte that is no UTF-8, in a prompt or a file name
+    run = make_run(tmp_path / f"run{half}", 2, every=1)
+    names = [{"name": f"trained{half}"}, {"name": f"watched{half}"}]
+    config = {"algorithm": f"algorithm{half}", "rewards": names[:1], "eval": {"rewards": names}}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    facts = {"machine": {f"key{half}": f"value{half}"}, "status": "failed", "message": f"message{half}"}
+    (run / "run.json").write_text(json.dumps(facts | {"command": f"command{half}"}))
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"iteration": 3, f"reward/trained{half}": 0.5, f"alarm/alarm{half}": 1}) + "\n")
+    estimate = {"mean": 0.5, "stderr": 0.1, "n": 4}
+    rewards, categories = ({f"{kind}{half}": estimate} for kind in ("watched", "category"))
+    with (run / "eval.jsonl").open("a") as file:
+        file.write(json.dumps(evaluation(3, 0.5) | {"rewards": rewards, "categories": categories}) + "\n")
+    entry = {"prompt": f"prompt{half}", "reward": 0.5, "note": f"note{half}"}
+    (run / "samples" / "000000.json").write_text(json.dumps([entry]))
+    page = write_report(run).read_text(encoding="utf-8")
+    for word in "run algorithm key value message command alarm prompt note category watched".split():  # noqa: SIM905
+        assert rf"{word}\udcff" in page, word
+
+
 def test_a_reward_whose_name_looks_like_a_formula_has_its_chart(tmp_path):
     name = "$x^$"
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({"eval": {"rewards": [{"name": name}]}}))
@@ -304,6 +326,21 @@ def test_every_second_is_counted_once_and_those_of_evaluations_too(page):
     assert times["Other"] == "42.0\u00a0s"  # 60 x 0.7 s
     parts = [float(per_iteration[name]) for name in list(times)[:-1]]
     assert float(per_iteration["Total"]) == pytest.approx(sum(parts), abs=0.005)
+
+
+@pytest.mark.parametrize(
+    "seconds, text",
+    [
+        (9, "9.0 s"),
+        (59.4, "59.4 s"),
+        (59.97, "1 min 0 s"),
+        (200.4, "3 min 20 s"),
+        (7529, "2 h 5 min"),
+        (math.nan, "not recorded"),
+    ],
+)
+def test_a_length_of_time_has_its_two_largest_units(seconds, text):
+    assert duration(seconds).replace("\u00a0", " ") == text
 
 
 def test_the_wall_time_is_that_of_the_latest_row(tmp_path):

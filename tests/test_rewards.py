@@ -24,7 +24,7 @@ from fastloop.errors import RunFailed, UserError
 from fastloop.prompts import Prompt, load_prompts
 from fastloop.rewards.registry import REGISTRY
 from fastloop.rewards.scoring import Moments, Rewards, _covered
-from fastloop.shapes.checker import check
+from fastloop.shapes.checker import assess
 from fastloop.shapes.grammar import CATEGORIES, all_requests, parse
 from fastloop.shapes.renderer import place, render
 
@@ -88,7 +88,7 @@ def test_the_shapes_reward_is_the_checkers_score(make):
     shifted = np.roll(right, 1, axis=0)
     rewards = make("shapes", prompts=prompts)
     assert rewards.score(right, prompts).total.tolist() == [1.0] * 5
-    expected = [check(prompt.text, image).score for prompt, image in zip(prompts, shifted, strict=True)]
+    expected = [assess(prompt.text, image).score for prompt, image in zip(prompts, shifted, strict=True)]
     assert rewards.score(shifted, prompts).total.tolist() == expected
     assert min(expected) < 1
 

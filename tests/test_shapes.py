@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from fastloop.shapes.checker import MIN_AREA, check, find_objects
+from fastloop.shapes.checker import MIN_AREA, assess, find_objects
 from fastloop.shapes.grammar import (
     CATEGORIES,
     COLORS,
@@ -145,7 +145,7 @@ def test_a_prompt_outside_the_grammar_is_refused_with_examples(prompt):
         parse(prompt)
     assert repr(prompt) in str(caught.value) and "\n" not in str(caught.value)
     with pytest.raises(ValueError, match="the shapes reward cannot read the prompt"):
-        check(prompt, EMPTY)
+        assess(prompt, EMPTY)
 
 
 def test_an_unknown_category_is_refused():
@@ -158,7 +158,7 @@ def test_an_unknown_category_is_refused():
 
 @pytest.mark.parametrize("category", CATEGORIES)
 def test_the_checker_is_right_about_rendered_scenes(category):
-    scores = np.array([check(request.prompt, image).score for request, _, image in scenes(category, 60)])
+    scores = np.array([assess(request.prompt, image).score for request, _, image in scenes(category, 60)])
     assert scores.mean() >= 0.99
     assert (scores == 1).mean() >= 0.95
 
@@ -247,7 +247,7 @@ def test_a_relation_holds_along_the_larger_offset_and_half_along_the_smaller(rel
 
 
 def score(prompt: str, *things: str) -> float:
-    return check(prompt, picture(*things)).score
+    return assess(prompt, picture(*things)).score
 
 
 def test_a_right_picture_scores_1_whatever_the_order():
@@ -313,20 +313,20 @@ def test_a_relation_that_does_not_hold_halves_the_score(prompt, credit):
 
 def test_a_relation_along_the_smaller_offset_counts_half():
     objects = [Placed("circle", "red", "plain", 14.0, 14.0, 10.0), Placed("square", "blue", "plain", 28.0, 48.0, 10.0)]
-    assert check("a red circle above a blue square", render(objects)).score == 1
-    verdict = check("a red circle left of a blue square", render(objects))
+    assert assess("a red circle above a blue square", render(objects)).score == 1
+    verdict = assess("a red circle left of a blue square", render(objects))
     assert verdict.score == 0.75 and "left of: partly" in verdict.reason
 
 
 def test_a_relation_needs_both_objects():
-    verdict = check("a red circle left of a blue square", picture("red circle"))
+    verdict = assess("a red circle left of a blue square", picture("red circle"))
     assert verdict.score == 0.25 and verdict.reason.endswith("left of: no")
 
 
 @pytest.mark.parametrize("count, credit", [(0, 0), (1, 1 / 3), (2, 2 / 3), (3, 1), (4, 3 / 4), (5, 3 / 5)])
 def test_a_count_that_is_off_costs_its_share(count, credit):
     things = ["white square"] * count
-    assert check("three white squares", picture(*things, radius=8.0)).score == pytest.approx(credit)
+    assert assess("three white squares", picture(*things, radius=8.0)).score == pytest.approx(credit)
 
 
 def test_an_empty_picture_scores_0_in_every_category():
@@ -334,20 +334,20 @@ def test_an_empty_picture_scores_0_in_every_category():
     for category in CATEGORIES:
         for request in all_requests(category)[::97]:
             for image in (EMPTY, black):
-                verdict = check(request.prompt, image)
+                verdict = assess(request.prompt, image)
                 assert verdict.score == 0 and verdict.found == () and "missing" in verdict.reason
 
 
 def test_flat_pictures_of_any_brightness_score_next_to_nothing():
     for value in range(0, 256, 15):
-        assert check("a red circle and a blue square", np.full_like(EMPTY, value)).score <= 0.125
+        assert assess("a red circle and a blue square", np.full_like(EMPTY, value)).score <= 0.125
 
 
 def test_noise_scores_next_to_nothing():
     rng = np.random.default_rng(0)
     for deviation in (40, 80, 160):
         image = np.clip(BACKGROUND + rng.normal(0, deviation, EMPTY.shape), 0, 255).astype(np.uint8)
-        assert check("a red circle and a blue square", image).score <= 0.1
+        assert assess("a red circle and a blue square", image).score <= 0.1
 
 
 def jpeg(image: np.ndarray) -> np.ndarray:
@@ -367,7 +367,7 @@ def noise(image: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("damage", [jpeg, blur, noise], ids=lambda damage: damage.__name__)
 def test_slight_damage_hardly_changes_the_score(damage):
     for category in CATEGORIES:
-        scores = [check(request.prompt, damage(image)).score for request, _, image in scenes(category, 25, seed=3)]
+        scores = [assess(request.prompt, damage(image)).score for request, _, image in scenes(category, 25, seed=3)]
         assert np.mean(scores) >= 0.95
 
 
@@ -379,7 +379,7 @@ def test_a_score_lies_in_0_to_1_on_any_picture():
         size = int(rng.choice([2, 4, 8, 16, 32, 64]))
         coarse = rng.integers(0, 256, (size, size, 3)).astype(np.uint8)
         image = np.array(Image.fromarray(coarse).resize((SIZE, SIZE), int(rng.choice([0, 2]))))
-        verdict = check(prompt, image)
+        verdict = assess(prompt, image)
         assert 0 <= verdict.score <= 1
 
 
@@ -387,12 +387,12 @@ def test_another_scene_scores_less_than_the_one_that_was_asked_for():
     drawn = list(scenes("color", 30, seed=4))
     for (request, _, image), (other_request, _, other) in zip(drawn, drawn[1:], strict=False):
         same = set(request.things) == set(other_request.things)
-        assert (check(request.prompt, other).score > 0.8) == same
-        assert check(request.prompt, image).score == 1
+        assert (assess(request.prompt, other).score > 0.8) == same
+        assert assess(request.prompt, image).score == 1
 
 
 def test_a_verdict_explains_itself_in_one_line():
-    verdict = check("a red circle and a blue striped square", picture("red circle", "green square", "white ring"))
+    verdict = assess("a red circle and a blue striped square", picture("red circle", "green square", "white ring"))
     assert verdict.reason == (
         "red circle: right; blue striped square: color is green, texture is plain; 3 objects instead of 2"
     )
@@ -403,7 +403,7 @@ def test_a_verdict_explains_itself_in_one_line():
 def test_a_blob_has_no_shape():
     image = EMPTY.copy()
     image[10:14, 5:60] = COLORS["red"]
-    verdict = check("a red square and a blue ring", image)
+    verdict = assess("a red square and a blue ring", image)
     assert verdict.found[0].shape is None and "shape is None" in verdict.reason
     assert 0 < verdict.score < 0.2
 
@@ -420,4 +420,4 @@ def test_a_blob_has_no_shape():
 )
 def test_pictures_of_another_size_or_type_are_refused(image):
     with pytest.raises(ValueError, match="expected a uint8 image of 64 x 64 x 3, got"):
-        check("a red circle and a blue square", image)
+        assess("a red circle and a blue square", image)

@@ -23,7 +23,7 @@ FAMILIES = {  # the class of a pipeline: the module and the class of its adapter
 
 
 def family(path: str, config: ModelConfig):
-    """The adapter class of a pipeline.
+    """Return the adapter class of a pipeline.
 
     Raises:
         UserError: the pipeline's class is not supported, or this machine lacks the attention backend.
@@ -40,13 +40,13 @@ def family(path: str, config: ModelConfig):
 
 
 def load_denoiser(config: ModelConfig, device: torch.device):
-    """The adapter of a model, its weights on a device. Raises ``UserError`` for anything that is not there."""
+    """Load the adapter of a model, its weights on a device. Raises ``UserError`` for anything that is not there."""
     path = model_source(config)
     return family(path, config).load(path, config, device)
 
 
 def ready_denoiser(config: Config, device: torch.device, adapter: bool = True, trained: bool = False):
-    """Loads a model and makes it ready, always in this order: weights, residence, adapter, fused kernels, the KL's reference.
+    """Load a model and make it ready, always in this order: weights, residence, adapter, fused kernels, the KL's reference.
 
     Trained weights, an engine and compilation come after it.
 
@@ -69,6 +69,6 @@ def ready_denoiser(config: Config, device: torch.device, adapter: bool = True, t
 
 
 def build_skeleton(config: ModelConfig):
-    """The adapter without weights, on the meta device, for planning and checks; raises as ``load_denoiser`` does."""
+    """Build the adapter without weights, on the meta device, for planning and checks; raises as ``load_denoiser`` does."""
     path = model_source(config)
     return family(path, config).skeleton(path, config)

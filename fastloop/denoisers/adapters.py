@@ -31,7 +31,7 @@ class Adapters:
         return {self.network_name: self.network, **(self.text_encoders if self.trains_text else {})}
 
     def trainable(self) -> dict[str, torch.nn.Parameter]:
-        """By name; those of a text encoder begin with the name of their part."""
+        """Return the trained parameters by name; those of a text encoder begin with the name of their part."""
         named = [
             (name if part == self.network_name else f"{part}.{name}", p)
             for part, module in self.trained_parts.items()
@@ -40,7 +40,7 @@ class Adapters:
         return {name: p for name, p in named if p.requires_grad}
 
     def train_adapter(self, gradient_checkpointing: bool | list[str], seed: int) -> None:
-        """Makes trainable what the configuration says, and sets the attention backend.
+        """Make trainable what the configuration says, and set the attention backend.
 
         Raises:
             UserError: LoRA targets, or blocks to checkpoint, that the network does not have.
@@ -98,13 +98,13 @@ class Adapters:
             module.gradient_checkpointing = any(f"{block}.".startswith(f"{name}.") for name in chosen)
 
     def keep_reference(self) -> None:
-        """Freezes a copy of the weights for the KL; LoRA needs none, its adapter is switched off."""
+        """Freeze a copy of the weights for the KL; LoRA needs none, its adapter is switched off."""
         if self.config.adapter == "full":
             self._reference = {name: p.detach().clone() for name, p in self.network.named_parameters()}
 
     @contextmanager
     def reference(self) -> Iterator[None]:
-        """Within it `predict` gives the outputs of the model before training, and `encode` its embeddings."""
+        """Put the model before training in place: within it `predict` gives its outputs, and `encode` its embeddings."""
         if self.config.adapter == "lora":
             for part in self.trained_parts.values():
                 part.disable_adapters()

@@ -80,7 +80,7 @@ class Denoiser(Adapters, Residence, Export):
 
     @classmethod
     def check_fit(cls, path: str, text_configs: dict[str, Any], vae, network) -> None:
-        """Raises ``UserError`` where what one part gives is not what the next takes, by their configs."""
+        """Raise ``UserError`` where what one part gives is not what the next takes, by their configs."""
         raise NotImplementedError
 
     latent_channels: int
@@ -88,27 +88,27 @@ class Denoiser(Adapters, Residence, Export):
     size_unit: int  # what height and width of latents must be multiples of
 
     def prepare_network(self) -> None:
-        """Lays out the network's weights as its operators want them."""
+        """Lay out the network's weights as its operators want them."""
 
     def set_attention(self, backend: str) -> None:
-        """Sets the attention backend of ``model.attention``; ``sdpa`` is the network's own."""
+        """Set the attention backend of ``model.attention``; ``sdpa`` is the network's own."""
         if backend != "sdpa":
             raise UserError(f"model.attention: {backend} is not for this model: set it to sdpa")
 
     def embed(self, ids: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        """The embedding of one text, each tensor without a batch dimension, of its ids for each text encoder, int64 (1, L)."""
+        """Embed one text, of its ids for each text encoder, int64 (1, L): tensors without a batch dimension."""
         raise NotImplementedError
 
     def blank_embedding(self) -> tuple[torch.Tensor, ...]:
-        """As `embed`, without values: for planning."""
+        """Return what `embed` does, without values: for planning."""
         raise NotImplementedError
 
     def condition(self, embeddings: list[tuple[torch.Tensor, ...]], sampling: SamplingConfig):
-        """What `predict` takes for these embeddings: rows can be taken by indexing it with a tensor."""
+        """Return what `predict` takes for these embeddings: rows can be taken by indexing it with a tensor."""
         raise NotImplementedError
 
     def call(self, forward: Callable[..., Any], latents: torch.Tensor, timesteps: torch.Tensor, cond, uncond) -> torch.Tensor:
-        """The network's output for latents in ``model.dtype``, the unconditional rows, where there are any, first.
+        """Return the network's output for latents in ``model.dtype``; unconditional rows, where there are any, come first.
 
         Args:
             forward: takes what the network's own forward takes. latents (m, C, H, W), timesteps int64 (m,): of m = n rows, or
@@ -117,14 +117,14 @@ class Denoiser(Adapters, Residence, Export):
         raise NotImplementedError
 
     def idle_modules(self, part: str) -> str | None:
-        """A regular expression of modules of a part whose outputs nothing uses, which adapters would never learn in."""
+        """Return a regular expression of a part's modules whose outputs nothing uses: adapters would never learn there."""
         return None
 
     # --- parts -----------------------------------------------------------------------------------------------------------
 
     @classmethod
     def load(cls, path: str, config: ModelConfig, device: torch.device) -> Denoiser:
-        """Reads the parts, or makes them with random weights where ``model.random_init`` says so.
+        """Read the parts, or make them with random weights where ``model.random_init`` says so.
 
         Raises:
             UserError: a part is missing, is not in safetensors, or does not fit the library.
@@ -146,7 +146,10 @@ class Denoiser(Adapters, Residence, Export):
 
     @classmethod
     def skeleton(cls, path: str, config: ModelConfig) -> Denoiser:
-        """The model without weights, on the meta device, for planning. Raises ``UserError`` where a config is missing."""
+        """Build the model without weights, on the meta device, for planning.
+
+        Raises ``UserError`` where a config is missing.
+        """
         kinds = {**cls.text_classes, "vae": AutoencoderKL, cls.network_name: cls.network_class}
         configs = {name: read_json(path, config, "config.json", name) for name in kinds}
         with torch.device("meta"):
@@ -160,7 +163,7 @@ class Denoiser(Adapters, Residence, Export):
 
     @classmethod
     def vae_dtype(cls, config: ModelConfig, vae: AutoencoderKL) -> torch.dtype:
-        """What the VAE computes in: ``model.vae.dtype``, or as the family's pipeline does."""
+        """Return what the VAE computes in: ``model.vae.dtype``, or as the family's pipeline does."""
         if config.vae.dtype != "auto":
             return DTYPES[config.vae.dtype]
         upcast = cls.upcasts_vae and vae.config.force_upcast and config.dtype == "fp16"
@@ -169,7 +172,7 @@ class Denoiser(Adapters, Residence, Export):
     # --- sizes -----------------------------------------------------------------------------------------------------------
 
     def latent_shape(self, height: int | None, width: int | None) -> tuple[int, int, int]:
-        """(C, H, W) of the latents of a picture size in pixels; the model's own size where it is not given.
+        """Return (C, H, W) of the latents of a picture size in pixels; the model's own size where it is not given.
 
         Raises:
             UserError: a size that the network cannot take.
@@ -189,7 +192,7 @@ class Denoiser(Adapters, Residence, Export):
         )
 
     def image_size(self, sampling: SamplingConfig) -> tuple[int, int]:
-        """(height, width) in pixels of the pictures.
+        """Return (height, width) of the pictures, in pixels.
 
         Raises:
             UserError: as `latent_shape`, and for sizes as a condition where the model takes none.
@@ -202,7 +205,7 @@ class Denoiser(Adapters, Residence, Export):
         return height * self.scale_factor, width * self.scale_factor
 
     def compile(self, batches: Iterable[int]) -> None:
-        """Compiles the network, or its transformer blocks, in place; names and saved weights stay as they are.
+        """Compile the network, or its transformer blocks, in place; names and saved weights stay as they are.
 
         Compiled code is for one shape. So `predict` fills a smaller micro-batch up to the next of these sizes with copies of
         its last row, and drops what comes of them: nothing is compiled again for the last batch of a rollout or an update.
@@ -220,7 +223,7 @@ class Denoiser(Adapters, Residence, Export):
     # --- texts and predictions -------------------------------------------------------------------------------------------
 
     def encode(self, prompts: list[str], sampling: SamplingConfig):
-        """Conditioning of n prompts and, where guidance is on, of the negative prompt; each text is encoded once.
+        """Return the conditioning of n prompts and, where guidance is on, of the negative prompt; each text is encoded once.
 
         Where text encoders are trained: once a call, with gradients where they are on. Else once and for all.
         """
@@ -251,7 +254,7 @@ class Denoiser(Adapters, Residence, Export):
         return self.embed([self.tokens(tokenizer, text or "") for tokenizer in self.tokenizers.values()])
 
     def tokens(self, tokenizer: CLIPTokenizer, text: str) -> torch.Tensor:
-        """Its ids, int64 (1, L), padded or cut to the length that the text encoder takes."""
+        """Return the ids of a text, int64 (1, L), padded or cut to the length that the text encoder takes."""
         length = tokenizer.model_max_length
         ids = tokenizer(text, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
         return upload(ids, self.device)
@@ -259,7 +262,7 @@ class Denoiser(Adapters, Residence, Export):
     def predict(
         self, latents: torch.Tensor, timesteps: torch.Tensor, cond, uncond
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The network's outputs for prompts and, with guidance, for the negative prompt; both in one forward.
+        """Return the network's outputs for prompts and, with guidance, for the negative prompt; both in one forward.
 
         Args:
             latents: float32 (n, C, H, W). timesteps: int64 (n,). cond, uncond: of n rows, as from `encode`.
@@ -293,7 +296,7 @@ class Denoiser(Adapters, Residence, Export):
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor, batch: int) -> np.ndarray:
-        """Pictures uint8 (n, height, width, 3) of latents float32 (n, C, H, W), ``batch`` at a time.
+        """Decode latents, float32 (n, C, H, W), ``batch`` at a time, to pictures, uint8 (n, height, width, 3).
 
         A picture that overflows the VAE's dtype is decoded again in float32.
 
@@ -317,12 +320,12 @@ class Denoiser(Adapters, Residence, Export):
         return self.to_bytes(x).cpu().numpy()
 
     def to_pictures(self, latents: torch.Tensor) -> torch.Tensor:
-        """What the VAE makes of latents, in its dtype, as float32 (n, 3, height, width) in about [-1, 1]."""
+        """Return what the VAE makes of latents, in its dtype, as float32 (n, 3, height, width) in about [-1, 1]."""
         return self.vae.decode(self._unscaled(latents).to(self.vae.dtype), return_dict=False)[0].float()
 
     @staticmethod
     def to_bytes(pictures: torch.Tensor) -> torch.Tensor:
-        """uint8 (n, height, width, 3) of pictures in [-1, 1]."""
+        """Turn pictures, float32 (n, 3, height, width) in [-1, 1], into uint8 (n, height, width, 3)."""
         x = (pictures / 2 + 0.5).clamp(0, 1) * 255
         return x.round().to(torch.uint8).permute(0, 2, 3, 1)
 

@@ -19,7 +19,7 @@ class Export:
     """The part of a `Denoiser` that writes it."""
 
     def export(self, folder: Path, dtype: str = "fp32") -> None:
-        """What stock diffusers loads: adapters for ``load_lora_weights``, or a whole pipeline for ``from_pretrained``.
+        """Write what stock diffusers loads: adapters for ``load_lora_weights``, or a whole pipeline for ``from_pretrained``.
 
         Args:
             dtype: of all weights in the files; those of the network are rounded from float32.

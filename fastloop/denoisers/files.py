@@ -14,12 +14,15 @@ ARCHITECTURES = ASSETS / "architectures"  # published configs, without weights
 
 
 def model_source(config: ModelConfig) -> str:
-    """Where a model's configs are, and its weights unless they are random: a folder or a hub id. Raises as `resolve_path`."""
+    """Return where a model's configs are, and its weights unless they are random: a folder or a hub id.
+
+    Raises as `resolve_path` does.
+    """
     return str(ARCHITECTURES / config.random_init) if config.random_init else resolve_path(config.path)
 
 
 def resolve_path(path: str) -> str:
-    """A model path as diffusers takes it: ``assets:NAME``, a folder with model_index.json, or a hub id.
+    """Return a model path as diffusers takes it: ``assets:NAME``, a folder with model_index.json, or a hub id.
 
     Raises:
         UserError: the asset or the folder does not exist, or is no diffusers pipeline.
@@ -45,7 +48,7 @@ def resolve_path(path: str) -> str:
 
 
 def read_json(path: str, config: ModelConfig, name: str, subfolder: str | None = None) -> dict:
-    """One small JSON file of a pipeline, from its folder or the hub; loads no weights.
+    """Read one small JSON file of a pipeline, from its folder or the hub; loads no weights.
 
     Raises:
         UserError: the file cannot be found, fetched or read.
@@ -67,7 +70,7 @@ def read_json(path: str, config: ModelConfig, name: str, subfolder: str | None =
 
 
 def refuse_own_code(path: str, index: dict) -> None:
-    """Raises ``UserError`` where a part of a pipeline is of a class that is not of diffusers or transformers.
+    """Raise ``UserError`` where a part of a pipeline is of a class that is not of diffusers or transformers.
 
     Its code would stand beside the weights, or be any module that Python finds. It is never run here, and stock diffusers,
     which writes and reads a full fine-tune, does not load such a part either.

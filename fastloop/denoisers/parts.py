@@ -16,7 +16,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def build_part(name: str, path: str, make: Callable[[dict], torch.nn.Module], values: dict) -> torch.nn.Module:
-    """A part of a pipeline from its config. Raises ``UserError`` where the library cannot make it from these values."""
+    """Build a part of a pipeline from its config. Raises ``UserError`` where the library cannot make it from these values."""
     try:
         return make(values)
     except Exception as error:  # diffusers and transformers raise many kinds
@@ -25,11 +25,12 @@ def build_part(name: str, path: str, make: Callable[[dict], torch.nn.Module], va
 
 
 def maker(kind: type):
-    """Makes a part from the values of its config.json."""
+    """Return what makes a part from the values of its config.json."""
     return kind.from_config if hasattr(kind, "from_config") else lambda values: kind(CLIPTextConfig(**values))
 
 
 def read_part(name: str, kind: type, path: str, config: ModelConfig, dtype: torch.dtype, _: torch.device) -> torch.nn.Module:
+    """Load a part's weights in a dtype. Raises ``UserError`` where they are not there or not complete."""
     key = "torch_dtype" if hasattr(kind, "from_config") else "dtype"  # diffusers, transformers
     weights = {"use_safetensors": True, "variant": config.variant, "output_loading_info": True, key: dtype}
     with _refusing(name, path, config):
@@ -42,7 +43,7 @@ def read_part(name: str, kind: type, path: str, config: ModelConfig, dtype: torc
 def random_part(
     name: str, kind: type, path: str, config: ModelConfig, dtype: torch.dtype, device: torch.device
 ) -> torch.nn.Module:
-    """Made on its device from its config, with the libraries' initial weights from seed 0: the same in every process."""
+    """Build a part on its device from its config, with the libraries' initial weights from seed 0, as in every process."""
     values = read_json(path, config, "config.json", name)
     before = torch.get_default_dtype()
     with torch.random.fork_rng([device] if device.type == "cuda" else []), device:
@@ -55,7 +56,7 @@ def random_part(
 
 
 def read_tokenizer(encoder: str, path: str, config: ModelConfig, text_config: CLIPTextConfig) -> CLIPTokenizer:
-    """The tokenizer of a text encoder. Beside random weights it is the bundled model's, at the length of the real one."""
+    """Read the tokenizer of a text encoder. Beside random weights it is the bundled model's, at the length of the real one."""
     name = encoder.replace("text_encoder", "tokenizer")
     if config.random_init:
         tokenizer = CLIPTokenizer.from_pretrained(ASSETS / "shapes" / "tokenizer")

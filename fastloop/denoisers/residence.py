@@ -9,7 +9,7 @@ import torch
 
 
 def upload(values: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Copies host values to a device without waiting; a copy from pageable memory would hold the host up."""
+    """Copy host values to a device without waiting; a copy from pageable memory would hold the host up."""
     return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
 
 
@@ -19,7 +19,7 @@ class Residence:
     _resting: tuple[torch.nn.Module, ...] = ()  # what is on the device only while it computes
 
     def offload_frozen(self) -> None:
-        """From now on what is not trained of text encoders and VAE is on the device only while it computes.
+        """Keep what is not trained of text encoders and VAE on the device only while it computes, from now on.
 
         It rests in the host's memory. Its weights never change, so they are copied one way only. Nothing to do on a CPU.
         """

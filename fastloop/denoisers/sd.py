@@ -22,6 +22,7 @@ class StableDiffusion(UNetDenoiser):
 
     @classmethod
     def check_fit(cls, path, text_configs, vae, network) -> None:
+        """Raise ``UserError`` where text encoder, VAE and UNet differ in their channels."""
         refuse_misfits(
             path,
             ("text encoder", text_configs["text_encoder"].hidden_size, network.cross_attention_dim, "cross_attention_dim"),
@@ -29,16 +30,20 @@ class StableDiffusion(UNetDenoiser):
         )
 
     def embed(self, ids: list[torch.Tensor]) -> tuple[torch.Tensor]:
+        """Return the last hidden states of one text, in a tuple of one: (L, C)."""
         return (self.text_encoders["text_encoder"](ids[0])[0][0],)
 
     def blank_embedding(self) -> tuple[torch.Tensor]:
+        """Return an empty embedding, in a tuple of one: (L, C) in ``model.dtype``."""
         config = self.text_encoders["text_encoder"].config
         size = config.max_position_embeddings, config.hidden_size
         return (torch.empty(size, dtype=DTYPES[self.config.dtype], device=self.device),)
 
     def condition(self, embeddings: list[tuple[torch.Tensor]], sampling: SamplingConfig) -> torch.Tensor:
+        """Stack the embeddings of n texts: (n, L, C)."""
         return torch.stack([hidden for (hidden,) in embeddings])
 
     def network_arguments(self, cond: torch.Tensor, uncond: torch.Tensor | None) -> dict[str, Any]:
+        """Return ``encoder_hidden_states`` in ``model.dtype``, the unconditional rows first."""
         text = cond if uncond is None else torch.cat([uncond, cond])
         return {"encoder_hidden_states": text.to(DTYPES[self.config.dtype])}

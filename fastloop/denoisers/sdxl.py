@@ -48,6 +48,7 @@ class StableDiffusionXL(UNetDenoiser):
 
     @classmethod
     def check_fit(cls, path, text_configs, vae, network) -> None:
+        """Raise ``UserError`` where text encoders, sizes, VAE and UNet do not fit, or the UNet takes no sizes."""
         if network.addition_embed_type != "text_time":
             raise UserError(
                 f"model.path: the UNet of {path} has addition_embed_type={network.addition_embed_type}: SDXL's has text_time"
@@ -73,9 +74,11 @@ class StableDiffusionXL(UNetDenoiser):
 
     @property
     def absent_is_zero(self) -> bool:
+        """As the pipeline's ``force_zeros_for_empty_prompt``."""
         return read_json(self.path, self.config, "model_index.json").get("force_zeros_for_empty_prompt", True)
 
     def embed(self, ids: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the last but one hidden states of both encoders, (L, C), and the second's projection of the text, (P,)."""
         outputs = [
             encoder(of_encoder, output_hidden_states=True)
             for of_encoder, encoder in zip(ids, self.text_encoders.values(), strict=True)
@@ -83,18 +86,20 @@ class StableDiffusionXL(UNetDenoiser):
         return torch.cat([output.hidden_states[-2][0] for output in outputs], -1), outputs[1].text_embeds[0]
 
     def blank_embedding(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return an empty embedding, (L, C) and (P,), in ``model.dtype``."""
         first, second = (encoder.config for encoder in self.text_encoders.values())
         like = {"dtype": DTYPES[self.config.dtype], "device": self.device}
         width = first.hidden_size + second.hidden_size
         return torch.empty(first.max_position_embeddings, width, **like), torch.empty(second.projection_dim, **like)
 
     def idle_modules(self, part: str) -> str | None:
-        """The last layer of the first text encoder: the one before is taken, and no projection of the whole text."""
+        """Name the last layer of the first text encoder: the one before is taken, and no projection of the whole text."""
         if part != "text_encoder":
             return None
         return rf".*\.layers\.{self.text_encoders[part].config.num_hidden_layers - 1}\..*"
 
     def condition(self, embeddings: list[tuple[torch.Tensor, torch.Tensor]], sampling: SamplingConfig) -> Conditioning:
+        """Stack the embeddings of n texts, with the sizes that the UNet is told of."""
         size = self.image_size(sampling)
         sizes = (*(sampling.original_size or size), *sampling.crop_top_left, *(sampling.target_size or size))
         texts, pooled = zip(*embeddings, strict=True)
@@ -102,6 +107,7 @@ class StableDiffusionXL(UNetDenoiser):
         return Conditioning(torch.stack(texts), torch.stack(pooled), ids.repeat(len(texts), 1))
 
     def network_arguments(self, cond: Conditioning, uncond: Conditioning | None) -> dict[str, Any]:
+        """Return ``encoder_hidden_states`` and ``added_cond_kwargs``, the unconditional rows first."""
         both = [cond] if uncond is None else [uncond, cond]
         dtype = DTYPES[self.config.dtype]
         return {

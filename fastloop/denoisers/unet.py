@@ -28,37 +28,43 @@ class UNetDenoiser(Denoiser):
     network_name = "unet"
 
     def prepare_network(self) -> None:
+        """Lay out the UNet's weights in channels_last."""
         self.network.to(memory_format=torch.channels_last)
 
     def set_attention(self, backend: str) -> None:
+        """Set the attention backend of the UNet: sdpa, flash or xformers."""
         if backend == "xformers":
             self.network.enable_xformers_memory_efficient_attention()
         if backend == "flash":
             self.network.set_attn_processor(FlashAttention())
 
     def network_arguments(self, cond, uncond) -> dict[str, Any]:
-        """Keyword arguments of the UNet beside latents and timesteps; unconditional rows, where there are any, first."""
+        """Return the UNet's keyword arguments beside latents and timesteps; unconditional rows, where there are any, first."""
         raise NotImplementedError
 
     def call(self, forward, latents, timesteps, cond, uncond) -> torch.Tensor:
+        """Call the UNet with latents in channels_last, (m, C, H, W), and return its output, of the same shape."""
         latents = latents.contiguous(memory_format=torch.channels_last)
         return forward(latents, timesteps, **self.network_arguments(cond, uncond), return_dict=False)[0]
 
     @property
     def latent_channels(self) -> int:
+        """Channels of the latents."""
         return self.network.config.in_channels
 
     @property
     def own_latent_size(self) -> int | tuple[int, int] | None:
+        """The latents' size that the UNet was trained at, or height and width; ``None`` where its config has none."""
         return self.network.config.sample_size
 
     @property
     def size_unit(self) -> int:
+        """Height and width of latents must be multiples of this: each block but the last halves them."""
         return 2 ** (len(self.network.config.block_out_channels) - 1)
 
 
 def refuse_misfits(path: str, *rows: tuple[str, int, int, str]) -> None:
-    """Of (part, channels it gives, channels the UNet takes, the UNet's key): ``UserError`` where they differ."""
+    """Raise ``UserError`` where a part, the channels that it gives, those that the UNet takes, the UNet's key, do not fit."""
     for what, gives, takes, key in rows:
         if gives != takes:
             raise UserError(f"model.path: the {what} of {path} gives {gives} channels, its UNet takes {takes} ({key})")

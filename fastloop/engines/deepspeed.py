@@ -43,7 +43,7 @@ _CLASSES = (
 
 
 def deepspeed_problem(config: Config, device: torch.device) -> str | None:
-    """Why a configuration cannot run on DeepSpeed here, with the remedy; ``None`` where it can."""
+    """Say why a configuration cannot run on DeepSpeed here, with the remedy; ``None`` where it can."""
     if importlib.util.find_spec("deepspeed") is None:
         return "engine.name: deepspeed is not installed: pip install fastloop[deepspeed], or set it to torch"
     if config.model.dtype == "fp16" and device.type == "cpu":
@@ -55,7 +55,7 @@ def deepspeed_problem(config: Config, device: torch.device) -> str | None:
 
 
 def deepspeed_settings(batches: Batches, trained: int) -> dict[str, Any]:
-    """DeepSpeed's configuration: the user's JSON, with what the recipe and the number of ranks decide put in.
+    """Derive DeepSpeed's configuration: the user's JSON, with what the recipe and the number of ranks decide put in.
 
     Args:
         trained: number of trained parameters.
@@ -245,7 +245,7 @@ class DeepSpeedEngine:
 
     @contextmanager
     def gathered(self, parameters: list[torch.nn.Parameter] | None = None) -> Iterator[None]:
-        """Within it the given parameters, or all, are whole on every rank, and the network computes without ZeRO's hooks."""
+        """Gather the given parameters, or all: within it they are whole on every rank, and ZeRO's hooks are off."""
         if self.stage < 3:
             yield
             return
@@ -263,12 +263,12 @@ class DeepSpeedEngine:
                     module._forward_pre_hooks, module._forward_hooks = before, after
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
-        """Adds a micro-batch's gradients; those of all ranks are summed at the last one."""
+        """Add a micro-batch's gradients; those of all ranks are summed at the last one."""
         self.model.set_gradient_accumulation_boundary(last)
         self.model.backward(loss * self.ranks.world, scale_wrt_gas=False)  # it takes the mean over ranks
 
     def step(self) -> float | None:
-        """As `TorchEngine.step`. In bf16 and fp32 a norm that is not finite ends the run."""
+        """Step as `TorchEngine.step` does. In bf16 and fp32 a norm that is not finite ends the run."""
         if self._clips_itself:
             norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.max_grad_norm).item()
             if not math.isfinite(norm):
@@ -281,16 +281,20 @@ class DeepSpeedEngine:
         return norm if not overflow and math.isfinite(norm) and norm >= 0 else None
 
     def set_lr(self, lr: float) -> None:
-        """The learning rate of the steps to come."""
+        """Set the learning rate of the steps to come."""
         for group in self.model.optimizer.param_groups:
             group["lr"] = lr
 
     @property
     def scales_loss(self) -> bool:
+        """Whether the loss is scaled, so that an update may be skipped for a norm that is not finite."""
         return self.dtype == "fp16"
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """The trained weights, float32 on the CPU, masters where there are any. All ranks call it; the main one gets them."""
+        """Return the trained weights, float32 on the CPU, masters where there are any.
+
+        All ranks call it; the main one gets them.
+        """
         from deepspeed.utils import safe_get_full_fp32_param
 
         found = {}
@@ -306,12 +310,12 @@ class DeepSpeedEngine:
         return {"name": "deepspeed", "ranks": self.ranks.world, "zero_stage": self.stage, "dtype": self.dtype}
 
     def save(self, folder: Path) -> dict[str, Any]:
-        """Writes every rank's part by DeepSpeed's own save; the state says what they are parts of."""
+        """Write every rank's part by DeepSpeed's own save; the state says what they are parts of."""
         self.model.save_checkpoint(str(folder), tag=_TAG, save_latest=False, exclude_frozen_parameters=True)
         return {**self._written_by, "steps": self.model.global_steps}
 
     def load(self, folder: Path, state: dict[str, Any]) -> str | None:
-        """Takes back what `save` wrote, where it was the same number of ranks and stage; the weights are loaded already.
+        """Take back what `save` wrote, where it was the same number of ranks and stage; the weights are loaded already.
 
         Raises:
             UserError: a part is missing or damaged, of another checkpoint, or holds what is not of DeepSpeed's state.

@@ -15,7 +15,10 @@ from fastloop.optimizers import build_optimizer
 
 
 def pick_device(name: str, local_rank: int = 0) -> torch.device:
-    """``auto``: the GPU of this rank, else the CPU. Raises ``UserError`` for a device that this machine lacks."""
+    """Return the device of a name; ``auto`` is the GPU of this rank, else the CPU.
+
+    Raises ``UserError`` for a device that this machine lacks.
+    """
     if name == "auto":
         return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     try:
@@ -48,18 +51,18 @@ class TorchEngine:
 
     @contextmanager
     def gathered(self, parameters: list[torch.nn.Parameter] | None = None) -> Iterator[None]:
-        """Within it the given parameters, or all of them, are whole on every rank. Here they always are."""
+        """Gather the given parameters, or all: within it they are whole on every rank, which here they always are."""
         yield
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
-        """Adds a micro-batch's gradients; the caller has scaled its loss by its share of the update.
+        """Add a micro-batch's gradients; the caller has scaled its loss by its share of the update.
 
         ``last`` is that of the update's last micro-batch.
         """
         self.scaler.scale(loss).backward()
 
     def step(self) -> float | None:
-        """Clips, steps and clears the gradients.
+        """Clip, step and clear the gradients.
 
         Returns:
             The gradient norm before clipping, or ``None`` where it was not finite: then the weights are as before. With
@@ -76,24 +79,25 @@ class TorchEngine:
         return norm.item() if finite else None
 
     def set_lr(self, lr: float) -> None:
-        """The learning rate of the steps to come."""
+        """Set the learning rate of the steps to come."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
 
     @property
     def scales_loss(self) -> bool:
+        """Whether the loss is scaled, so that an update may be skipped for a norm that is not finite."""
         return self.scaler.is_enabled()
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """The trained weights, float32. Every rank calls it; the main one gets them."""
+        """Return the trained weights, float32. Every rank calls it; the main one gets them."""
         return {name: p.detach() for name, p in self.parameters.items()}
 
     def save(self, folder: Path) -> dict[str, Any]:
-        """Its state as plain values and tensors; what is sharded over ranks it writes into a checkpoint's folder."""
+        """Return its state as plain values and tensors; what is sharded over ranks it writes into a checkpoint's folder."""
         return {"name": "torch", "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
 
     def load(self, folder: Path, state: dict[str, Any]) -> str | None:
-        """Takes back what `save` gave; the weights are loaded already. Returns what of the state could not be carried over."""
+        """Take back what `save` gave; the weights are loaded already. Returns what of the state could not be carried over."""
         if state["name"] != "torch":
             return f"the optimizer's state, which {describe(state)} has written"
         self.optimizer.load_state_dict(state["optimizer"])
@@ -102,7 +106,7 @@ class TorchEngine:
 
 
 def describe(state: dict[str, Any]) -> str:
-    """An engine's saved state in words."""
+    """Say in words what engine has saved a state."""
     if state["name"] == "torch":
         return "engine.name=torch"
     return f"DeepSpeed on {state['ranks']} rank{'s' * (state['ranks'] > 1)} with engine.zero_stage={state['zero_stage']}"

@@ -33,7 +33,7 @@ class Chosen:
 
 
 def free_bytes(device: torch.device, neighbours: int) -> int:
-    """Memory that a process may take of a device that it shares with so many: of a GPU, what is free there now."""
+    """Return the bytes that a process may take of a device that it shares with so many: of a GPU, what is free there now."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     found = [psutil.virtual_memory().available]
@@ -46,7 +46,7 @@ def free_bytes(device: torch.device, neighbours: int) -> int:
 def choose(
     batches: Batches, traced: Traced, prompts: int, ranks: Ranks, on_gpu: bool, free: int, factor: float = 1.0
 ) -> Chosen:
-    """Numbers for the batches that are ``auto``: the largest that fit into ``FILL`` of what is free on every rank.
+    """Choose numbers for the batches that are ``auto``: the largest that fit into ``FILL`` of what is free on every rank.
 
     They are then evened out, so that the last batch is nearly as large as the others. In half precision, where results
     depend on the batch, rollout and update get one size if both are automatic: they are then computed alike.
@@ -84,13 +84,13 @@ def choose(
 
 
 def with_batches(config: Config, chosen: Chosen) -> Config:
-    """The configuration with these numbers."""
+    """Return the configuration with these numbers."""
     numbers = {name: getattr(chosen, name) for name in ("rollout_batch", "update_batch", "vae_batch")}
     return config.model_copy(update={"memory": config.memory.model_copy(update=numbers)})
 
 
 def probed_factor(denoiser: Denoiser, config: Config, traced: Traced) -> float:
-    """How much more a real forward and backward needs than the traced one, at the chosen batch or as much of it as fits.
+    """Measure how much more a real forward and backward needs than the traced one, at the chosen batch or what of it fits.
 
     Gradients are computed and thrown away, so that neither the model nor the random numbers change.
     """

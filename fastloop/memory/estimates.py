@@ -31,13 +31,14 @@ class MemoryNeeds:
 
     @property
     def peak(self) -> int:
+        """Bytes of the phase that needs most."""
         return max(self.phases.values())
 
 
 def memory_needs(
     batches: Batches, traced: Traced, prompts: int, on_gpu: bool, micro: tuple[int, int, int] | None = None
 ) -> MemoryNeeds:
-    """Memory of an iteration.
+    """Estimate the memory of an iteration.
 
     Args:
         prompts: distinct texts that are encoded. micro: batches of rollout, update and VAE; ``None``: those of ``batches``.
@@ -119,17 +120,19 @@ class Shards:
         return math.ceil(size / self.world) if self.stage >= stage else math.ceil(size)
 
     def pieces(self, sizes: list[int]) -> list[int]:
-        """Numbers of elements of what the optimizer sees: with ZeRO, one flat piece for each rank."""
+        """Return the numbers of elements of what the optimizer sees: with ZeRO, one flat piece for each rank."""
         return [self._of(sum(sizes), 1)] if self.stage else sizes
 
     def weights(self, size: int) -> int:
+        """Return the bytes that stay on a rank of so many bytes of weights."""
         return self._of(size, 3)
 
     def masters(self, trained: int) -> int:
+        """Return the bytes of float32 weights behind so many trained parameters; 0 where there are none."""
         return 4 * self._of(trained, 1) if self.deepspeed and (self.half or self.stage) else 0
 
     def gradients(self, trained: int) -> int:
-        """When the optimizer steps."""
+        """Return the bytes of gradients when the optimizer steps."""
         if self.offloads:
             return 0
         if not self.deepspeed:
@@ -137,7 +140,7 @@ class Shards:
         return self.accumulated * self._of(trained, 2) + (4 * self._of(trained, 1) if self.stage else 0)
 
     def in_backward(self, trained: int) -> int:
-        """Beside the gradients that the model itself holds."""
+        """Return the bytes in a backward beside the gradients that the model itself holds."""
         if not self.deepspeed:
             return 0
         bucket = 2 * self.size * min(BUCKET, trained)
@@ -146,7 +149,7 @@ class Shards:
         return bucket + (0 if self.offloads else self.accumulated * self._of(trained, 2))
 
     def gathered(self, network: int) -> int:
-        """Weights that are whole for a while; DeepSpeed keeps a thousand million of them."""
+        """Return the bytes of weights that are whole for a while; DeepSpeed keeps a thousand million of them."""
         return min(network, self.size * 10**9) if self.stage == 3 else 0
 
 

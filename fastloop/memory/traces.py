@@ -43,7 +43,7 @@ class LiveBytes(TorchDispatchMode):
         return output
 
     def count(self, tensors: Iterable, here: bool = True) -> None:
-        """Counts the storages of these tensors from now on, as far as they are new; those made elsewhere as nothing."""
+        """Count the storages of these tensors from now on, as far as they are new; those made elsewhere as nothing."""
         for tensor in tensors:
             if isinstance(tensor, torch.Tensor):
                 storage = tensor.untyped_storage()
@@ -79,7 +79,7 @@ class Phase:
         self._histories: dict[int, np.ndarray] = {}  # by batch: bytes after each change, float64
 
     def trace(self, *batches: int) -> Phase:
-        """Makes these the batches that are traced, unless others are already."""
+        """Make these the batches that are traced, unless others are already."""
         for batch in batches[: 2 - len(self._histories)]:
             with self._fake, LiveBytes() as live:
                 self._compute(batch)
@@ -87,7 +87,7 @@ class Phase:
         return self
 
     def peak(self, batch: int) -> int:
-        """Bytes at most."""
+        """Return the bytes that it has alive at most."""
         if batch not in self._histories:
             self.trace(batch)
         if batch in self._histories:
@@ -98,7 +98,7 @@ class Phase:
         return max(0, int((before + (batch - few) / (many - few) * (after - before)).max()))
 
     def largest(self, budget: float, cap: int) -> int:
-        """The largest batch up to ``cap`` that stays within a budget of bytes; 0 where not even one does."""
+        """Return the largest batch up to ``cap`` that stays within a budget of bytes; 0 where not even one does."""
         return max((batch for batch in range(1, cap + 1) if self.peak(batch) <= budget), default=0)
 
 
@@ -147,7 +147,7 @@ class Traced:
         self.update = self.new_update()
 
     def new_update(self) -> Phase:
-        """The forward and backward of one micro-batch, with the gradients that it leaves, and finds if not the first."""
+        """Trace the forward and backward of one micro-batch, with the gradients that it leaves, and finds if not the first."""
         return self._phase(self._update)
 
     def _phase(self, compute: Callable[[int], None]) -> Phase:
@@ -156,7 +156,7 @@ class Traced:
         return phase.trace(*TRACED) if self.denoiser.trains_text else phase
 
     def activations(self, batch: int) -> int:
-        """Bytes of an update of so many pairs at most, without the gradients."""
+        """Return the bytes of an update of so many pairs at most, without the gradients."""
         gradients = 0 if (self.config.engine.zero_stage or 0) > 1 else sum(map(size_of, self.denoiser.trainable().values()))
         return self.update.peak(batch) - gradients
 
@@ -185,7 +185,7 @@ class Traced:
 
 
 def inputs(denoiser: Denoiser, config: Config, batch: int) -> tuple:
-    """Latents, timesteps and both conditions of a micro-batch, of the right shapes; the values are whatever was there.
+    """Make latents, timesteps and both conditions of a micro-batch, in the right shapes; the values are whatever was there.
 
     Where the text encoders are trained, the conditions come out of them: of as many different prompts as there are rows.
     """
@@ -204,7 +204,7 @@ def inputs(denoiser: Denoiser, config: Config, batch: int) -> tuple:
 
 
 def update_loss(denoiser: Denoiser, config: Config, ops: ModuleType, batch: int) -> torch.Tensor:
-    """The loss of so many rows, as the trainer computes it, of inputs without meaning."""
+    """Compute the loss of so many rows, as the trainer computes it, of inputs without meaning."""
     x, t, *text = inputs(denoiser, config, batch)
     row = torch.ones(batch, device=x.device)
     vectors = dict.fromkeys(("a", "b", "sigma", "log_prob_old", "advantage", "weight"), row)
@@ -213,6 +213,7 @@ def update_loss(denoiser: Denoiser, config: Config, ops: ModuleType, batch: int)
 
 
 def size_of(tensor: torch.Tensor) -> int:
+    """Return the bytes of a tensor's elements."""
     return tensor.numel() * tensor.element_size()
 
 

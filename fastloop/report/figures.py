@@ -204,7 +204,8 @@ def _axes(unit: str) -> tuple[Any, Any]:
     figure = matplotlib.figure.Figure(figsize=(5.4, 2.9), layout="constrained")
     axes = figure.add_subplot()
     axes.set_xlabel("iteration", fontsize=10)
-    axes.set_ylabel(unit, fontsize=10, parse_math=False)  # a reward's name may hold a $
+    drawable = unit.encode(errors="backslashreplace").decode()  # matplotlib refuses half of a surrogate pair
+    axes.set_ylabel(drawable, fontsize=10, parse_math=False)  # a reward's name may hold a $
     axes.tick_params(labelsize=9.5, color=AXIS)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.spines[["top", "right"]].set_visible(False)

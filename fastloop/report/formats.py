@@ -1,4 +1,4 @@
-"""How the report writes numbers and times for people, and pictures into the page."""
+"""How the report, and the line of an iteration, write numbers and times for people; and pictures into the page."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def decimal(value: float, signed: bool = False) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Write a length of time with its two largest units: 9.0 s, 3 min 20 s, 2 h 5 min."""
+    """Write a length of time with its two largest units: 9.0 s, 3 min 20 s, 2 h 5 min; "not recorded" for NaN."""
     if not math.isfinite(seconds):
         return "not recorded"
-    if seconds < 60:
+    minutes, rest = divmod(round(seconds), 60)
+    if not minutes:
         return f"{seconds:.1f}{SPACE}s"
-    minutes, whole = divmod(int(seconds), 60)
     if minutes < 60:
-        return f"{minutes}{SPACE}min{SPACE}{whole}{SPACE}s"
+        return f"{minutes}{SPACE}min{SPACE}{rest}{SPACE}s"
     return f"{minutes // 60}{SPACE}h{SPACE}{minutes % 60}{SPACE}min"
 
 

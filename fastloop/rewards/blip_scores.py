@@ -8,7 +8,16 @@ from functools import cache
 import numpy as np
 import torch
 
-from fastloop.rewards.models import ModelReward, Pixels, Predictor, check_file, from_files, load_exactly, read_tensors, source
+from fastloop.rewards.models import (
+    ModelReward,
+    Pixels,
+    Predictor,
+    file_or_id,
+    folder_or_id,
+    from_files,
+    load_exactly,
+    read_tensors,
+)
 from fastloop.rewards.noun_phrases import BySpacy, by_rule
 
 MAX_TOKENS = 35  # of a prompt or a question, as both were trained
@@ -30,9 +39,10 @@ class ImageReward(ModelReward):
         **rest,
     ) -> None:
         super().__init__(**rest)
-        self.weights, self.tokenizer_path = check_file(weights), source(tokenizer)
+        self.weights, self.tokenizer_path = file_or_id(weights), folder_or_id(tokenizer)
 
     def load(self) -> None:
+        """Load both encoders and the head from the checkpoint, and the tokenizer."""
         from transformers import AutoTokenizer
 
         self.tokenizer = from_files(AutoTokenizer, self.tokenizer_path)
@@ -45,6 +55,7 @@ class ImageReward(ModelReward):
         self.pixels = Pixels(self.vision.config.image_size, "crop")
 
     def score(self, images: np.ndarray, prompts: list[str], metadata: list[dict]) -> torch.Tensor:
+        """Return the standardised scores, float32 (n,)."""
         tokens = self.tokenizer(prompts, padding="max_length", truncation=True, max_length=MAX_TOKENS, return_tensors="pt")
         tokens = tokens.to(self.device)
         seen = self.vision(self.pixels(images).to(self.device, self.dtype)).last_hidden_state
@@ -72,7 +83,7 @@ _AROUND = {
 
 
 def split_image_reward(tensors: dict[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
-    """The tensors of ImageReward.pt as those of transformers' BlipVisionModel and BlipTextModel and of the head.
+    """Rename the tensors of ImageReward.pt as those of transformers' BlipVisionModel and BlipTextModel and of the head.
 
     Raises:
         ValueError: a name that the checkpoint does not have.
@@ -97,7 +108,10 @@ def split_image_reward(tensors: dict[str, torch.Tensor]) -> dict[str, dict[str, 
 
 
 def blip_encoders(parts: dict[str, dict[str, torch.Tensor]]) -> tuple[torch.nn.Module, torch.nn.Module]:
-    """Vision and text encoder in the sizes of their tensors, on the meta device. Heads have 64 channels, as in every BLIP."""
+    """Make the vision and text encoder in the sizes of their tensors, on the meta device.
+
+    Heads have 64 channels, as in every BLIP.
+    """
     from transformers import BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
     vision, text = parts["vision"], parts["text"]
@@ -149,16 +163,17 @@ class BlipVqa(ModelReward):
         **rest,
     ) -> None:
         super().__init__(**rest)
-        self.model_path, self.max_phrases = source(model), max_phrases
+        self.model_path, self.max_phrases = folder_or_id(model), max_phrases
         if noun_phrases not in ("rule", "spacy"):
             raise ValueError(f"noun_phrases {noun_phrases!r} is not rule or spacy")
         self._find = cache(by_rule if noun_phrases == "rule" else BySpacy())
 
     def phrases(self, prompt: str) -> list[str]:
+        """Return the noun phrases of a prompt that are asked about, at most ``max_phrases``."""
         return self._find(prompt)[: self.max_phrases]
 
     def validate(self, prompts: list[str], size: tuple[int, int]) -> None:
-        """Raises ``ValueError`` for the first prompt that names nothing."""
+        """Raise ``ValueError`` for the first prompt that names nothing."""
         for prompt in prompts:
             if not self.phrases(prompt):
                 raise ValueError(
@@ -166,6 +181,7 @@ class BlipVqa(ModelReward):
                 )
 
     def load(self) -> None:
+        """Load model and tokenizer. Raises ``ValueError`` where the tokenizer does not know yes and no."""
         from transformers import AutoTokenizer, BlipForQuestionAnswering
 
         self.model = self.pretrained(BlipForQuestionAnswering, self.model_path)
@@ -176,6 +192,7 @@ class BlipVqa(ModelReward):
             raise ValueError(f"the tokenizer of {self.model_path} does not know yes and no as words")
 
     def score(self, images: np.ndarray, prompts: list[str], metadata: list[dict]) -> torch.Tensor:
+        """Return the products of P(yes), float64 (n,), each over the phrases of a prompt."""
         seen = self.model.vision_model(self.pixels(images).to(self.device, self.dtype)).last_hidden_state
         # by their length: transformers' cross attention looks at the padding of a shorter question
         asked: dict[int, list[tuple[int, list[int]]]] = {}

@@ -15,7 +15,7 @@ from fastloop.errors import RewardFailed, RunFailed, Unscored
 
 
 def call(label: str, reward: Any, images: np.ndarray, prompts: list[str], metadata: list[dict]) -> np.ndarray:
-    """The reward's values, float64 (n,). Raises ``RewardFailed`` for whatever else it does."""
+    """Return a reward's values for n pictures, float64 (n,). Raises ``RewardFailed`` for whatever else it does."""
 
     def failed(says: str, culprit: int | None) -> RewardFailed:
         chosen = slice(None) if culprit is None else slice(culprit, culprit + 1)
@@ -44,14 +44,14 @@ def call(label: str, reward: Any, images: np.ndarray, prompts: list[str], metada
 
 
 def read_only(images: np.ndarray) -> np.ndarray:
-    """A copy that cannot be written to by way of NumPy; what writes past it, as PyTorch may, reaches the copy alone."""
+    """Return a copy that cannot be written to by way of NumPy; what writes past it, as PyTorch may, reaches the copy alone."""
     images = images.copy()
     images.flags.writeable = False
     return images
 
 
 def numbers(values: Any) -> np.ndarray:
-    """What a reward returned as float64, of the same shape: numbers, booleans, arrays, tensors of any dtype and device.
+    """Turn what a reward returned (numbers, booleans, arrays, tensors of any dtype and device) into float64 of its shape.
 
     Raises:
         TypeError: they are no real numbers; texts that look like numbers are none.
@@ -70,7 +70,7 @@ def numbers(values: Any) -> np.ndarray:
 
 
 def save_unscored(failure: RewardFailed, folder: Path) -> None:
-    """Writes the pictures that a reward could not score, with prompts and the reason, as PNG files and failure.json."""
+    """Write the pictures that a reward could not score, with prompts and the reason, as PNG files and failure.json."""
     folder.mkdir(parents=True, exist_ok=True)
     unscored, rows = failure.unscored, []
     for i, (image, prompt, metadata) in enumerate(zip(unscored.images, unscored.prompts, unscored.metadata, strict=True)):

@@ -5,7 +5,16 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from fastloop.rewards.models import ModelReward, Pixels, Predictor, check_file, from_files, load_exactly, read_tensors, source
+from fastloop.rewards.models import (
+    ModelReward,
+    Pixels,
+    Predictor,
+    file_or_id,
+    folder_or_id,
+    from_files,
+    load_exactly,
+    read_tensors,
+)
 
 VIT_L = "openai/clip-vit-large-patch14"
 VIT_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
@@ -16,8 +25,8 @@ class _Clip(ModelReward):
 
     def __init__(self, model: str, processor: str | None = None, **rest) -> None:
         super().__init__(**rest)
-        self.model = source(model)
-        self.processor = source(processor) if processor else self.model
+        self.model = folder_or_id(model)
+        self.processor = folder_or_id(processor) if processor else self.model
 
     def load(self) -> None:
         from transformers import AutoTokenizer
@@ -56,14 +65,16 @@ class Aesthetic(_Clip):
 
     def __init__(self, model: str = VIT_L, head: str = "trl-lib/ddpo-aesthetic-predictor/aesthetic-model.pth", **rest) -> None:
         super().__init__(model, **rest)
-        self.head = check_file(head)
+        self.head = file_or_id(head)
 
     def load(self) -> None:
+        """Load CLIP and the linear head."""
         super().load()
         predictor = Predictor(self.clip.config.projection_dim)
         self.predictor = load_exactly(predictor, read_tensors(self.head), self.head).float().to(self.device)
 
     def score(self, images, prompts, metadata) -> torch.Tensor:
+        """Return the predicted ratings, float32 (n,)."""
         return self.predictor(self.of_images(images))
 
 
@@ -74,6 +85,7 @@ class ClipScore(_Clip):
         super().__init__(model, **rest)
 
     def score(self, images, prompts, metadata) -> torch.Tensor:
+        """Return 100 max(cosine, 0), float32 (n,)."""
         return 100 * self.cosine(images, prompts).clamp(min=0)
 
 
@@ -84,6 +96,7 @@ class PickScore(_Clip):
         super().__init__(model, processor, **rest)
 
     def score(self, images, prompts, metadata) -> torch.Tensor:
+        """Return the scaled cosines, float32 (n,)."""
         return self.clip.logit_scale.float().exp() * self.cosine(images, prompts)
 
 
@@ -96,13 +109,15 @@ class HPSv2(_Clip):
 
     def __init__(self, weights: str = "xswu/HPSv2/HPS_v2.1_compressed.pt", model: str = VIT_H, **rest) -> None:
         super().__init__(model, **rest)
-        self.weights = check_file(weights)
+        self.weights = file_or_id(weights)
 
     def load(self) -> None:
+        """Load CLIP, and pad pictures as the published code does."""
         super().load()
         self.pixels = Pixels(self.pixels.size, "pad", self.pixels.mean, self.pixels.std)
 
     def load_clip(self):
+        """Make a CLIP of the model's sizes with the weights of the open_clip checkpoint."""
         from transformers import CLIPConfig, CLIPModel
 
         with torch.device("meta"):
@@ -111,6 +126,7 @@ class HPSv2(_Clip):
         return load_exactly(clip, tensors, self.weights).to(self.device, self.dtype)
 
     def score(self, images, prompts, metadata) -> torch.Tensor:
+        """Return the cosines, float32 (n,)."""
         return self.cosine(images, prompts)
 
 
@@ -136,7 +152,7 @@ _BLOCKS = {
 
 
 def from_open_clip(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors of an open_clip model with a ViT under the names of transformers' CLIPModel.
+    """Return the tensors of an open_clip model with a ViT under the names of transformers' CLIPModel.
 
     open_clip keeps query, key and value of a block in one matrix, and multiplies by the projections from the right.
 

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from fastloop.rewards.models import ModelReward, from_files, source
+from fastloop.rewards.models import ModelReward, folder_or_id, from_files
 
 QUESTION = 'Does this picture show "{prompt}"? Answer with yes or no.'
 
@@ -20,13 +20,14 @@ class VlmJudge(ModelReward):
 
     def __init__(self, model: str = "HuggingFaceTB/SmolVLM-500M-Instruct", question: str = QUESTION, **rest) -> None:
         super().__init__(**{"batch": 4, **rest})
-        self.model_path, self.question = source(model), question
+        self.model_path, self.question = folder_or_id(model), question
         try:
             question.format_map(_Anything())
         except (ValueError, IndexError, AttributeError) as error:
             raise ValueError(f"question {question!r} is no template: {error}; braces are for {{prompt}}") from None
 
     def load(self) -> None:
+        """Load model and processor. Raises ``ValueError`` where they cannot chat or do not tell yes from no."""
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
         self.processor = from_files(AutoProcessor, self.model_path)
@@ -50,6 +51,7 @@ class VlmJudge(ModelReward):
         return firsts - {None, tokenizer.unk_token_id}
 
     def score(self, images: np.ndarray, prompts: list[str], metadata: list[dict]) -> torch.Tensor:
+        """Return P(yes) / (P(yes) + P(no)) of each answer's first token, float32 (n,)."""
         chats = []
         for image, prompt, more in zip(images, prompts, metadata, strict=True):
             asked = self.question.format_map({**more, "prompt": prompt})

@@ -37,13 +37,15 @@ class ModelReward:
         self._ready = False
 
     def load(self) -> None:
-        """Loads weights and processors; whatever fails here is raised."""
+        """Load weights and processors; whatever fails here is raised."""
         raise NotImplementedError
 
     def score(self, images: np.ndarray, prompts: list[str], metadata: list[dict]) -> torch.Tensor:
+        """Score at most ``batch`` pictures, uint8 (n, height, width, 3): float (n,)."""
         raise NotImplementedError
 
     def start(self) -> None:
+        """Load the model, once."""
         if not self._ready:
             self.load()
             if self.device.type == "cuda":
@@ -52,6 +54,7 @@ class ModelReward:
 
     @torch.inference_mode()
     def __call__(self, images: np.ndarray, prompts: list[str], metadata: list[dict]) -> np.ndarray:
+        """Score pictures, uint8 (n, height, width, 3), ``batch`` at a time: float64 (n,)."""
         self.start()
         parts = []
         with torch.cuda.stream(self._stream):  # nothing at all where there is no stream
@@ -61,12 +64,12 @@ class ModelReward:
         return torch.cat(parts).double().numpy()
 
     def pretrained(self, cls: type, path: str) -> Any:
-        """A transformers model in evaluation mode on the reward's device. Raises as `from_files`."""
+        """Load a transformers model in evaluation mode on the reward's device. Raises as `from_files`."""
         return from_files(cls, path, dtype=self.dtype).to(self.device).eval().requires_grad_(False)
 
 
 def from_files(cls: type, path: str, **settings) -> Any:
-    """What a class of transformers makes of a folder or hub id, by code of transformers alone.
+    """Return what a class of transformers makes of a folder or hub id, by code of transformers alone.
 
     Asked nothing, transformers would ask on the terminal whether to run code that stands beside the weights.
 
@@ -85,7 +88,7 @@ def from_files(cls: type, path: str, **settings) -> Any:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of a name. Raises ``ValueError`` for one that is not there."""
+    """Return the device of a name. Raises ``ValueError`` for one that is not there."""
     if name == "auto":
         name = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
     try:
@@ -99,8 +102,8 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def source(path: str) -> str:
-    """A local folder, or a hub id OWNER/NAME. Raises ``ValueError`` for what is neither."""
+def folder_or_id(path: str) -> str:
+    """Return a local folder, or a hub id OWNER/NAME. Raises ``ValueError`` for what is neither."""
     folder = Path(path).expanduser()
     if folder.is_dir():
         return str(folder)
@@ -111,8 +114,8 @@ def source(path: str) -> str:
     return path
 
 
-def check_file(path: str) -> str:
-    """A local file, or one on the hub as OWNER/NAME/FILE. Raises ``ValueError`` for what is neither."""
+def file_or_id(path: str) -> str:
+    """Return a local file, or one on the hub as OWNER/NAME/FILE. Raises ``ValueError`` for what is neither."""
     file = Path(path).expanduser()
     if file.is_file():
         return str(file)
@@ -122,7 +125,7 @@ def check_file(path: str) -> str:
 
 
 def read_tensors(path: str) -> dict[str, torch.Tensor]:
-    """The tensors of a .safetensors, .pt or .pth file, local or OWNER/NAME/FILE, by name; nothing else is unpickled.
+    """Read the tensors of a .safetensors, .pt or .pth file, local or OWNER/NAME/FILE, by name; nothing else is unpickled.
 
     A file that holds them under ``state_dict`` or ``model`` is read there. Raises ``ValueError`` where there are none.
     """
@@ -162,7 +165,10 @@ class Pixels:
 
     @classmethod
     def of(cls, path: str) -> Pixels:
-        """As a processor of transformers does, from its folder or hub id. Raises ``ValueError`` for another kind."""
+        """Prepare pictures as a processor of transformers does, from its folder or hub id.
+
+        Raises ``ValueError`` for another kind.
+        """
         from transformers import AutoImageProcessor
 
         processor = from_files(AutoImageProcessor, path)
@@ -178,7 +184,7 @@ class Pixels:
         raise ValueError(f"the image processor of {path} resizes in a way that is not known here: {size}")
 
     def __call__(self, images: np.ndarray) -> torch.Tensor:
-        """uint8 (n, height, width, 3) to float32 (n, 3, size, size)."""
+        """Turn uint8 (n, height, width, 3) into float32 (n, 3, size, size)."""
         squares = np.stack([self._square(Image.fromarray(image)) for image in images])
         mean, std = torch.tensor(self.mean), torch.tensor(self.std)
         return ((torch.from_numpy(squares).float() / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()
@@ -220,12 +226,12 @@ class Predictor(nn.Module):
         )
 
     def forward(self, embeddings: torch.Tensor) -> torch.Tensor:
-        """float32 (n, width) to (n,)."""
+        """Score embeddings, float32 (n, width): (n,)."""
         return self.layers(embeddings)[:, 0]
 
 
 def load_exactly(module: nn.Module, tensors: dict[str, torch.Tensor], where: str) -> nn.Module:
-    """Fills a module, also one on the meta device. Raises ``ValueError`` for a name or shape that does not fit."""
+    """Fill a module, also one on the meta device. Raises ``ValueError`` for a name or shape that does not fit."""
     wanted = {name: value.shape for name, value in module.state_dict().items()}
     found = {name: value.shape for name, value in tensors.items()}
     if wanted != found:

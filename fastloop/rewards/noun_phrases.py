@@ -32,7 +32,7 @@ _PLACES = frozenset(["top", "side", "front", "back", "bottom", "left", "right", 
 
 
 def by_rule(prompt: str) -> list[str]:
-    """Noun phrases by a light rule, in order, with their articles, as spaCy's noun chunks have them.
+    """Find noun phrases by a light rule, in order, with their articles, as spaCy's noun chunks have them.
 
     A phrase is a run of words between determiners, punctuation and `_BREAKS`; a participle in -ing ends it too, as in "a cat
     sitting on a chair" or "is holding". Made for captions such as "a red book and a yellow vase"; free prose needs spaCy.
@@ -75,4 +75,5 @@ class BySpacy:
             raise ValueError(f"spaCy has no {pipeline}: python -m spacy download {pipeline}") from None
 
     def __call__(self, prompt: str) -> list[str]:
+        """Find the noun chunks of a prompt, in lower case."""
         return [chunk.text.lower() for chunk in self._nlp(prompt).noun_chunks]

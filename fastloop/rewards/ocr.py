@@ -25,6 +25,7 @@ class Ocr:
         self._engine = None
 
     def start(self) -> None:
+        """Load RapidOCR's models, once."""
         if self._engine is None:
             from rapidocr import RapidOCR
 
@@ -32,18 +33,19 @@ class Ocr:
             logging.getLogger("RapidOCR").setLevel(logging.ERROR)  # it warns of every picture without text
 
     def __call__(self, images: np.ndarray, prompts: list[str], metadata: list[dict]) -> np.ndarray:
+        """Score pictures, uint8 (n, height, width, 3): float64 (n,)."""
         self.start()
         wanted = [asked_text(prompt, more) for prompt, more in zip(prompts, metadata, strict=True)]
         return np.array([accuracy(self.read(image), text) for image, text in zip(images, wanted, strict=True)])
 
     def read(self, image: np.ndarray) -> str:
-        """All lines in a uint8 (height, width, 3) RGB picture, from top to bottom."""
+        """Read all lines in a uint8 (height, width, 3) RGB picture, from top to bottom."""
         found = self._engine(np.ascontiguousarray(image[..., ::-1]))  # as OpenCV has it, BGR
         return " ".join(found.txts or ())
 
 
 def asked_text(prompt: str, metadata: dict) -> str:
-    """The text that a prompt asks for. Raises ``ValueError`` where it asks for none."""
+    """Return the text that a prompt asks for. Raises ``ValueError`` where it asks for none."""
     text = metadata.get("text")
     if text is None:
         quoted = re.findall(r"\"([^\"]+)\"|“([^”]+)”|(?<!\w)'((?:[^']|'(?=\w))+)'(?!\w)", prompt)
@@ -54,7 +56,7 @@ def asked_text(prompt: str, metadata: dict) -> str:
 
 
 def accuracy(read: str, wanted: str) -> float:
-    """1 - Levenshtein(read, wanted) / len(wanted), at least 0, of lower-case texts without spaces."""
+    """Return 1 - Levenshtein(read, wanted) / len(wanted), at least 0, of lower-case texts without spaces."""
     read, wanted = _plain(read), _plain(wanted)
     row = list(range(len(read) + 1))
     for i, letter in enumerate(wanted, 1):

@@ -32,7 +32,7 @@ REGISTRY: dict[str, Callable[..., Any] | str] = {
 
 
 def build(config: RewardConfig, key: str) -> Any:
-    """The reward of a configuration, not started yet. Raises ``UserError`` naming ``key`` where it cannot be made."""
+    """Build the reward of a configuration, not started yet. Raises ``UserError`` naming ``key`` where it cannot be made."""
     if config.name in REGISTRY:
         factory = REGISTRY[config.name]
         if isinstance(factory, str):

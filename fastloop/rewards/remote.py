@@ -15,11 +15,9 @@ import json
 import os
 import re
 import time
-import urllib.error
-import urllib.request
-from http.client import HTTPException, IncompleteRead
 from urllib.parse import urlsplit
 
+import httpx2
 import numpy as np
 from PIL import Image
 
@@ -65,20 +63,29 @@ class Remote:
         if not timeout > 0 or not backoff >= 0:
             raise ValueError("timeout must be above 0, and backoff not below")
         self.url, self.batch, self.format = url.rstrip("/"), batch, format
-        self.timeout, self.retries, self.backoff = timeout, retries, backoff
-        self.headers = {"Content-Type": "application/json", "Accept": "application/json"}
+        self.retries, self.backoff = retries, backoff
+        headers = {"Content-Type": "application/json", "Accept": "application/json", "Accept-Encoding": "identity"}
         if token_env is not None:
             try:
-                self.headers["Authorization"] = f"Bearer {read_token(token_env)}"
+                headers["Authorization"] = f"Bearer {read_token(token_env)}"
             except ValueError as error:
                 raise ValueError(f"token_env: {error}") from None
+        # A transport of its own takes no proxy from the environment: that is for the world outside, and a reward server stands
+        # beside the trainer. No connection is kept: one that the server has closed meanwhile would count as a failed attempt.
+        transport = httpx2.HTTPTransport(limits=httpx2.Limits(max_keepalive_connections=0))
+        # No redirects: a token must not go to another host.
+        self._client = httpx2.Client(transport=transport, headers=headers, timeout=timeout, follow_redirects=False)
 
     def start(self) -> None:
-        """Asks the server whether it is there. Raises ``RunFailed`` where it is not."""
+        """Ask the server whether it is there. Raises ``RunFailed`` where it is not."""
         self._ask("/health", None)
 
     def __call__(self, images: np.ndarray, prompts: list[str], metadata: list[dict]) -> np.ndarray:
-        """Raises ``RunFailed`` where the server cannot be asked, or its answer cannot be used."""
+        """Score pictures, uint8 (n, height, width, 3): float64 (n,).
+
+        Raises:
+            RunFailed: the server cannot be asked, or its answer cannot be used.
+        """
         parts = []
         for i in range(0, len(images), self.batch):
             some = slice(i, i + self.batch)
@@ -105,33 +112,28 @@ class Remote:
         return scores
 
     def _ask(self, path: str, body: bytes | None) -> bytes:
-        """One request and its repetitions: the body of an answer 200."""
-        request = urllib.request.Request(self.url + path, data=body, headers=self.headers)
+        """One request and its repetitions: the body of an answer 2xx."""
+        method, url = "GET" if body is None else "POST", self.url + path
         for attempt in range(self.retries + 1):
             if attempt:
                 time.sleep(min(self.backoff * 2 ** (attempt - 1), LONGEST_PAUSE))
             try:
-                with _OPENER.open(request, timeout=self.timeout) as response:
-                    expected = response.length  # None where the answer comes in chunks
-                    answer = response.read(MAX_ANSWER + 1)
-                    if len(answer) > MAX_ANSWER:
-                        raise RunFailed(f"{self.url + path} answered more than {MAX_ANSWER} bytes")
-                    if expected is not None and len(answer) < expected:
-                        raise IncompleteRead(answer, expected - len(answer))
-                    return answer
-            except urllib.error.HTTPError as error:
-                with error:
-                    reason = f"HTTP {error.code}: {_reason(error)}"
-                if error.code not in AGAIN:
-                    raise RunFailed(f"{self.url + path} answered {reason}") from None
-            except (OSError, HTTPException) as error:  # refused, dropped, timed out, cut short, not HTTP
-                cause = getattr(error, "reason", None) or error
-                reason = str(cause) or type(cause).__name__
-        raise RunFailed(f"{self.url + path} failed {self.retries + 1} times, at last with {reason}")
+                with self._client.stream(method, url, content=body) as response:
+                    if response.is_success:
+                        answer = _read(response, MAX_ANSWER)
+                        if len(answer) > MAX_ANSWER:
+                            raise RunFailed(f"{url} answered more than {MAX_ANSWER} bytes")
+                        return answer
+                    reason = f"HTTP {response.status_code}: {_reason(response)}"
+                if response.status_code not in AGAIN:
+                    raise RunFailed(f"{url} answered {reason}")
+            except httpx2.RequestError as error:  # refused, dropped, timed out, cut short, not HTTP
+                reason = str(error) or type(error).__name__
+        raise RunFailed(f"{url} failed {self.retries + 1} times, at last with {reason}")
 
 
 def read_token(variable: str) -> str:
-    """Reads a bearer token from an environment variable.
+    """Read a bearer token from an environment variable.
 
     Raises:
         ValueError: the variable is not set, or holds what no header can carry. The message has its name and never its value.
@@ -168,20 +170,19 @@ def _check_url(url: str) -> None:
         raise ValueError("url does not begin with http:// or https:// and a host, as http://127.0.0.1:8000 does")
 
 
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A token must not go to another host."""
+def _read(response: httpx2.Response, most: int) -> bytes:
+    """A body as it was sent, or somewhat more than ``most`` bytes of it."""
+    body = bytearray()
+    for chunk in response.iter_raw():
+        body += chunk
+        if len(body) > most:
+            break
+    return bytes(body)
 
-    def redirect_request(self, *args, **kwargs) -> None:
-        return None
 
-
-# Without a proxy: the environment's is for the world outside, and a reward server stands beside the trainer.
-_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}), _NoRedirect)
-
-
-def _reason(error: urllib.error.HTTPError) -> str:
+def _reason(response: httpx2.Response) -> str:
     """What a server says of its refusal."""
     try:
-        return str(json.loads(error.read(MAX_REASON).decode(errors="replace"))["error"])
-    except (OSError, HTTPException, ValueError, KeyError, TypeError, RecursionError):
-        return error.reason or "no reason"
+        return str(json.loads(_read(response, MAX_REASON).decode(errors="replace"))["error"])
+    except (httpx2.RequestError, ValueError, KeyError, TypeError, RecursionError):
+        return response.reason_phrase or "no reason"

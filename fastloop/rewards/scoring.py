@@ -41,6 +41,7 @@ class Moments:
     origin: float = 0.0
 
     def add(self, values: np.ndarray) -> None:
+        """Take in values, float64 (n,)."""
         if not self.count:
             self.origin = float(values[0])
         values = values - self.origin
@@ -50,7 +51,7 @@ class Moments:
         self.count += n
 
     def normalized(self, values: np.ndarray) -> np.ndarray:
-        """(values - mean) / std; 0 where all values seen are the same."""
+        """Return (values - mean) / std, float64; 0 where all values seen are the same."""
         return (values - self.origin - self.mean) / ((self.squares / self.count) ** 0.5 + 1e-8)
 
 
@@ -65,6 +66,7 @@ class Term:
     seen: Moments = field(default_factory=Moments)
 
     def normalized(self, values: np.ndarray) -> np.ndarray:
+        """Normalise values, float64 (n,), as configured; running moments take them in first."""
         if self.config.normalize is None:
             return values
         moments = self.seen if self.config.normalize == "running" else Moments()
@@ -115,7 +117,7 @@ class Rewards:
         self._seconds = self._hidden = 0.0
 
     def start(self) -> None:
-        """Loads models and asks servers. Raises ``UserError`` where a reward cannot start."""
+        """Load models and ask servers. Raises ``UserError`` where a reward cannot start."""
         for i, term in enumerate(self.terms.values()):
             try:
                 term.start()
@@ -124,12 +126,12 @@ class Rewards:
                 raise UserError(f"{self.key}.{i}: {term.config.name} cannot start: {reason}") from error
 
     def submit(self, images: np.ndarray, prompts: list[Prompt]) -> None:
-        """Starts scoring a batch: uint8 (n, height, width, 3)."""
+        """Start scoring a batch: uint8 (n, height, width, 3)."""
         texts, metadata = [p.text for p in prompts], [p.metadata for p in prompts]
         self._pending.append({label: term.workers.submit(images, texts, metadata) for label, term in self.terms.items()})
 
     def collect(self) -> dict[str, np.ndarray]:
-        """Waits for the batches submitted: each term's values in their order, float64 (N,).
+        """Wait for the batches submitted. Returns each term's values in their order, float64 (N,).
 
         Raises:
             RewardFailed: a reward raised, took too long, or returned a wrong number of values or a non-finite one.
@@ -148,52 +150,57 @@ class Rewards:
         return {label: np.concatenate([np.empty(0), *(part[label] for part in parts)]) for label in self.terms}
 
     def total(self, terms: dict[str, np.ndarray]) -> Scores:
-        """The weighted sum of terms, float64 (N,) each, normalised as configured: all of a rollout's at once."""
+        """Compute the weighted sum of terms, float64 (N,) each, normalised as configured: all of a rollout's at once."""
         normalized = {name: t.normalized(terms[name]) if self.normalize else terms[name] for name, t in self.terms.items()}
         return Scores(sum(term.config.weight * normalized[name] for name, term in self.terms.items()), terms, normalized)
 
     def gather(self) -> Scores:
-        """As `collect`, with the weighted sum."""
+        """Wait as `collect` does, and add the weighted sum."""
         return self.total(self.collect())
 
     def score(self, images: np.ndarray, prompts: list[Prompt]) -> Scores:
-        """Scores one batch and waits for it."""
+        """Score one batch and wait for it."""
         self.submit(images, prompts)
         return self.gather()
 
     def validate_any(self, images: list[np.ndarray], prompts: list[Prompt]) -> None:
-        """Raises ``ValueError`` for prompts, or sizes of pictures, that a reward refuses. The pictures may differ in size."""
+        """Raise ``ValueError`` for prompts, or sizes of pictures, that a reward refuses. The pictures may differ in size."""
         for size, rows in _by_size(images).items():
             for term in self.terms.values():
                 _validate(term.reward, [prompts[i] for i in rows], size)
 
     def score_any(self, images: list[np.ndarray], prompts: list[Prompt]) -> np.ndarray:
-        """The weighted sums, float64 (n,), of pictures that may differ in size. Raises ``RewardFailed`` as `collect` does."""
+        """Return the weighted sums, float64 (n,), of pictures that may differ in size.
+
+        Raises ``RewardFailed`` as `collect` does.
+        """
         totals = np.zeros(len(images))
         for rows in _by_size(images).values():
             totals[rows] = self.score(np.stack([images[i] for i in rows]), [prompts[i] for i in rows]).total
         return totals
 
     def explain(self, image: np.ndarray, prompt: str) -> str | None:
-        """What the rewards that can explain themselves say of a picture."""
+        """Return what the rewards that can explain themselves say of a picture."""
         found = [term.reward for term in self.terms.values() if hasattr(term.reward, "explain")]
         return "; ".join(reward.explain(read_only(image), prompt) for reward in found) or None
 
     def take_times(self) -> dict[str, float]:
-        """Seconds since this was last asked: inside rewards, and how long one worked while nobody waited for it."""
+        """Return the seconds since this was last asked: inside rewards, and how long one worked while nobody waited for it."""
         times = {"time/reward": self._seconds, "time/reward_hidden": self._hidden}
         self._seconds = self._hidden = 0.0
         return times
 
     def state_dict(self) -> dict[str, list[float]]:
-        """What running normalisation has seen."""
+        """Return what running normalisation has seen."""
         return {label: list(astuple(term.seen)) for label, term in self.terms.items() if term.seen.count}
 
     def load_state_dict(self, state: dict[str, list[float]]) -> None:
+        """Take back what `state_dict` gave."""
         for label, moments in state.items():
             self.terms[label].seen = Moments(*moments)
 
     def close(self) -> None:
+        """End threads and processes."""
         for term in self.terms.values():
             term.workers.close()
 

@@ -43,7 +43,7 @@ class Refused(Exception):
 
 
 def make_app(rewards: Rewards, token: str | None, max_bytes: int) -> Any:
-    """A Starlette application with /health and /score. Raises ``UserError`` where Starlette is not installed."""
+    """Make a Starlette application with /health and /score. Raises ``UserError`` where Starlette is not installed."""
     try:
         from anyio import fail_after
         from starlette.applications import Starlette
@@ -160,7 +160,10 @@ def make_app(rewards: Rewards, token: str | None, max_bytes: int) -> Any:
 
 
 def read_request(body: bytes | bytearray) -> tuple[list[np.ndarray], list[Prompt]]:
-    """The pictures, uint8 (height, width, 3) each, and prompts of a request. Raises ``Refused`` with what is wrong in it."""
+    """Read the pictures, uint8 (height, width, 3) each, and prompts of a request.
+
+    Raises ``Refused`` with what is wrong in it.
+    """
     if sum(map(body.count, (b",", b"[", b"{"))) > MAX_ITEMS:
         raise Refused(413, f"the body has more than {MAX_ITEMS} commas and brackets: send fewer metadata")
     try:
@@ -232,7 +235,7 @@ def _no_picture(i: int) -> Refused:
 
 
 def serve(rewards: Rewards, host: str, port: int, token: str | None, max_bytes: int) -> None:
-    """Serves until SIGINT or SIGTERM; port 0 takes a free one. The line with the address comes when requests are taken.
+    """Serve until SIGINT or SIGTERM; port 0 takes a free one. The line with the address comes when requests are taken.
 
     Raises:
         UserError: Starlette or Uvicorn is missing, the address cannot be taken, or it is open to others without a token.

@@ -6,7 +6,7 @@ from functools import partial
 
 import numpy as np
 
-from fastloop.shapes.checker import check
+from fastloop.shapes.checker import assess
 from fastloop.shapes.grammar import CATEGORIES, parse
 from fastloop.shapes.renderer import SIZE
 
@@ -20,7 +20,7 @@ class Shapes:
         self.category = category
 
     def validate(self, prompts: list[str], size: tuple[int, int]) -> None:
-        """Raises ``ValueError`` for pictures of another size, and for the first prompt outside the grammar or category."""
+        """Raise ``ValueError`` for pictures of another size, and for the first prompt outside the grammar or category."""
         if size != (SIZE, SIZE):
             raise ValueError(
                 f"the shapes reward scores pictures of {SIZE} x {SIZE} pixels, these have {size[1]} x {size[0]}: "
@@ -35,14 +35,16 @@ class Shapes:
                 )
 
     def __call__(self, images, prompts, metadata) -> np.ndarray:
-        return np.array([check(prompt, image).score for prompt, image in zip(prompts, images, strict=True)])
+        """Score pictures, uint8 (n, 64, 64, 3): float64 (n,)."""
+        return np.array([assess(prompt, image).score for prompt, image in zip(prompts, images, strict=True)])
 
     def explain(self, image: np.ndarray, prompt: str) -> str:
-        return check(prompt, image).reason
+        """Say in one line what of a prompt a picture, uint8 (64, 64, 3), fulfils."""
+        return assess(prompt, image).reason
 
 
 def of_category(category: str) -> partial:
-    """The reward ``shapes_CATEGORY``."""
+    """Return the factory of the reward ``shapes_CATEGORY``."""
     return partial(Shapes, category)
 
 

@@ -45,6 +45,7 @@ class Workers:
         self._closed: Future = Future()  # to be waited for beside a job's
 
     def submit(self, images: np.ndarray, prompts: list[str], metadata: list[dict]) -> Job:
+        """Put a batch into the queue; the threads are started with the first."""
         job = Job((images, prompts, metadata))
         self._jobs.put(job)
         if not self._threads:
@@ -55,7 +56,7 @@ class Workers:
         return job
 
     def result(self, job: Job) -> np.ndarray:
-        """Waits for a job; those submitted before it must have been waited for, so that it has begun or is about to.
+        """Wait for a job; those submitted before it must have been waited for, so that it has begun or is about to.
 
         Raises:
             RewardFailed: the reward failed, whatever it raised, or was closed.
@@ -74,7 +75,7 @@ class Workers:
         return job.future.result()
 
     def close(self) -> None:
-        """Ends processes and, once they are free, threads. Who waits for a result is told."""
+        """End processes and, once they are free, threads. Who waits for a result is told."""
         with suppress(InvalidStateError):  # closed before
             self._closed.set_result(None)
         for call in self.calls:
@@ -129,7 +130,7 @@ class OwnProcess:
         self._lock = threading.Lock()  # who closes may be another thread than who starts
 
     def start(self) -> None:
-        """Starts the process where none is alive, and waits until the reward is ready.
+        """Start the process where none is alive, and wait until the reward is ready.
 
         Raises:
             ValueError: the reason why it is not.
@@ -161,13 +162,13 @@ class OwnProcess:
         raise RewardFailed(*payload) if kind == "failed" else failure(self.label, payload, batch)
 
     def kill(self) -> None:
-        """Ends the process, whatever it does; `start` makes a new one."""
+        """End the process, whatever it does; `start` makes a new one."""
         with self._lock:
             if self._process is not None:
                 self._process.kill()
 
     def close(self) -> None:
-        """Ends the process for good, at any time, and waits until it has ended."""
+        """End the process for good, at any time, and wait until it has ended."""
         with self._lock:
             self._closed = True
             if self._process is not None:
@@ -185,7 +186,7 @@ class OwnProcess:
 
 
 def failure(label: str, says: str, batch: tuple[np.ndarray, list[str], list[dict]]) -> RewardFailed:
-    """The failure of a batch as a whole."""
+    """Make the failure of a batch as a whole."""
     images, prompts, metadata = batch
     return RewardFailed(f"reward {label}: {says} (first prompt {prompts[0]!r})", Unscored(label, images, prompts, metadata))
 

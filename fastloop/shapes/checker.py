@@ -50,7 +50,7 @@ class Verdict:
 
 
 def find_objects(image: np.ndarray) -> list[Found]:
-    """The objects in a picture (uint8, (64, 64, 3)), largest first.
+    """Find the objects in a picture (uint8, (64, 64, 3)), largest first.
 
     A pixel belongs to the colour whose direction from the background it lies on (so dark stripes and soft edges keep
     their colour); connected pixels of one colour are an object.
@@ -75,8 +75,8 @@ def find_objects(image: np.ndarray) -> list[Found]:
     return sorted(found, key=lambda o: -o.area)
 
 
-def check(prompt: str, image: np.ndarray) -> Verdict:
-    """How far a picture (uint8, (64, 64, 3)) fulfils a prompt. Raises ``ValueError`` for one outside the grammar."""
+def assess(prompt: str, image: np.ndarray) -> Verdict:
+    """Say how far a picture (uint8, (64, 64, 3)) fulfils a prompt. Raises ``ValueError`` for one outside the grammar."""
     request = parse(prompt)
     found = find_objects(image)
     credit = np.array([[_credit(thing, o)[0] for o in found] for thing in request.things])

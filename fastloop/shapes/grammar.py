@@ -50,6 +50,7 @@ class Request:
 
     @property
     def prompt(self) -> str:
+        """The sentence that states it."""
         if self.category == "numeracy":
             word = {n: w for w, n in NUMBERS.items()}[len(self.things)]
             return f"{word} {_plural(self.things[0])}"
@@ -82,7 +83,7 @@ HELD_OUT = {
 
 
 def all_requests(category: str) -> list[Request]:
-    """Every request that the grammar can make in a category, in a fixed order."""
+    """List every request that the grammar can make in a category, in a fixed order."""
     colored = [Thing(shape, color) for color, shape in itertools.product(COLORS, SHAPES)]
     if category == "numeracy":
         return [Request(category, (thing,) * n) for thing in colored for n in NUMBERS.values()]
@@ -100,12 +101,12 @@ def all_requests(category: str) -> list[Request]:
 
 
 def split(category: str, held_out: bool) -> list[Request]:
-    """The training or the held-out requests of a category. Held-out bindings appear in no training request."""
+    """List the training or the held-out requests of a category. Held-out bindings appear in no training request."""
     return [request for request in all_requests(category) if bool(request.bindings & HELD_OUT) == held_out]
 
 
 def parse(prompt: str) -> Request:
-    """The request that a prompt states. Raises ``ValueError`` where the sentence is not in the grammar."""
+    """Read the request that a prompt states. Raises ``ValueError`` where the sentence is not in the grammar."""
     words = prompt.strip().lower().rstrip(".")
     first, _, rest = words.partition(" ")
     if first in NUMBERS:

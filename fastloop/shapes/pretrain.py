@@ -33,7 +33,7 @@ TOKENS = 16  # the longest prompt of the grammar has 8 words
 
 
 def misdraw(request: Request, rng: np.random.Generator, rate: float) -> Request:
-    """The scene that is drawn for a request: each attribute, the relation and the count change with probability ``rate``."""
+    """Return the scene drawn for a request: each attribute, the relation and the count change with probability ``rate``."""
 
     def maybe(value, choices):
         return str(rng.choice(choices)) if value is not None and rng.random() < rate else value
@@ -54,7 +54,7 @@ def misdraw(request: Request, rng: np.random.Generator, rate: float) -> Request:
 
 
 def draw(count: int, rng: np.random.Generator, noise: float) -> tuple[torch.Tensor, list[str]]:
-    """Pictures (uint8, (count, 3, 64, 64)) and their captions, categories in equal shares."""
+    """Draw pictures (uint8, (count, 3, 64, 64)) and their captions, categories in equal shares."""
     pools = [all_requests(category) for category in CATEGORIES]
     pictures, captions = np.empty((count, SIZE, SIZE, 3), np.uint8), []
     for i in range(count):
@@ -66,7 +66,7 @@ def draw(count: int, rng: np.random.Generator, noise: float) -> tuple[torch.Tens
 
 
 def build_tokenizer() -> CLIPTokenizer:
-    """A CLIP tokenizer in which every word of the grammar is one token; other text falls back to pieces.
+    """Build a CLIP tokenizer in which every word of the grammar is one token; other text falls back to pieces.
 
     The library breaks ties between merges at random, so the ids of two calls differ: a model needs its own tokenizer's files.
     """
@@ -88,7 +88,7 @@ def build_tokenizer() -> CLIPTokenizer:
 
 
 def build_pipeline() -> StableDiffusionPipeline:
-    """The untrained pipeline: 64 px pictures, 8 x 8 x 8 latents, 2.8 million parameters."""
+    """Build the untrained pipeline: 64 px pictures, 8 x 8 x 8 latents, 2.8 million parameters."""
     tokenizer = build_tokenizer()
     text_encoder = CLIPTextModel(
         CLIPTextConfig(
@@ -149,7 +149,7 @@ def build_pipeline() -> StableDiffusionPipeline:
 
 
 def train_vae(vae: AutoencoderKL, steps: int, batch: int, log: list[dict]) -> None:
-    """L1 + squared error + a light KL, on fresh pictures; then the scaling factor that gives the latents unit variance."""
+    """Train with L1 + squared error + a light KL on fresh pictures; then scale the latents to unit variance."""
     rng = np.random.default_rng(1)
     pool, _ = draw(20_000, rng, noise=1.0)
     vae.to(memory_format=torch.channels_last).train()
@@ -177,7 +177,7 @@ def train_vae(vae: AutoencoderKL, steps: int, batch: int, log: list[dict]) -> No
 
 
 def train_denoiser(pipeline: StableDiffusionPipeline, args: argparse.Namespace, log: list[dict]) -> None:
-    """Noise prediction with the text encoder trained along, one prompt in ten left empty; keeps the averaged weights."""
+    """Train noise prediction and the text encoder along, one prompt in ten left empty; the averaged weights are kept."""
     unet, text_encoder, vae = pipeline.unet, pipeline.text_encoder, pipeline.vae
     pictures, captions = draw(args.pictures, np.random.default_rng(2), args.caption_noise)
     with torch.no_grad():
@@ -226,8 +226,8 @@ def train_denoiser(pipeline: StableDiffusionPipeline, args: argparse.Namespace, 
 
 @torch.no_grad()
 def score(pipeline: StableDiffusionPipeline, per_category: int = 40) -> dict[str, float]:
-    """Held-out score per category with stock diffusers sampling: 10 DDIM steps, eta 1, guidance 3."""
-    from fastloop.shapes.checker import check
+    """Return the held-out score per category with stock diffusers sampling: 10 DDIM steps, eta 1, guidance 3."""
+    from fastloop.shapes.checker import assess
     from fastloop.shapes.grammar import split
 
     modules = (pipeline.unet, pipeline.text_encoder, pipeline.vae)
@@ -247,7 +247,7 @@ def score(pipeline: StableDiffusionPipeline, per_category: int = 40) -> dict[str
             generator=torch.Generator().manual_seed(4),
         ).images
         images = np.round(images * 255).astype(np.uint8)
-        scores[category] = round(float(np.mean([check(p, im).score for p, im in zip(prompts, images, strict=True)])), 4)
+        scores[category] = round(float(np.mean([assess(p, im).score for p, im in zip(prompts, images, strict=True)])), 4)
     scores["mean"] = round(float(np.mean(list(scores.values()))), 4)
     for module in modules[:2]:
         module.train()
@@ -255,7 +255,7 @@ def score(pipeline: StableDiffusionPipeline, per_category: int = 40) -> dict[str
 
 
 def save(pipeline: StableDiffusionPipeline, folder: Path, log: list[dict], args: argparse.Namespace) -> None:
-    """The pipeline in half precision (safetensors) and its training log."""
+    """Save the pipeline in half precision (safetensors) and its training log."""
     dtypes = {name: module.dtype for name, module in pipeline.components.items() if isinstance(module, torch.nn.Module)}
     weights = {name: {k: v.clone() for k, v in getattr(pipeline, name).state_dict().items()} for name in dtypes}
     for name in dtypes:
@@ -273,6 +273,7 @@ def save(pipeline: StableDiffusionPipeline, folder: Path, log: list[dict], args:
 
 
 def main() -> None:
+    """Train the bundled model from the command line's settings and save it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of the pipeline")
     parser.add_argument("--vae-steps", type=int, default=1800)

@@ -27,7 +27,7 @@ class Placed:
 
 
 def coverage(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarray:
-    """Share of each pixel that a shape covers, in [0, 1]; ``x`` and ``y`` are pixel offsets from its centre."""
+    """Return the share of each pixel that a shape covers, in [0, 1]; ``x`` and ``y`` are pixel offsets from its centre."""
     if shape == "circle":
         distance = np.hypot(x, y) - radius
     elif shape == "square":
@@ -46,7 +46,7 @@ def coverage(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> np.ndar
 
 
 def brightness(texture: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Brightness of a texture at pixel offsets from the object's centre, between ``DARK`` and 1."""
+    """Return the brightness of a texture at pixel offsets from the object's centre, between ``DARK`` and 1."""
     if texture == "plain":
         return np.ones_like(x)
     if texture == "striped":  # horizontal, anti-aliased square wave
@@ -60,7 +60,7 @@ def brightness(texture: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def render(objects: list[Placed]) -> np.ndarray:
-    """The picture of some objects: uint8 (64, 64, 3)."""
+    """Draw the picture of some objects: uint8 (64, 64, 3)."""
     grid = np.arange(SIZE) + 0.5
     image = np.empty((SIZE, SIZE, 3))
     image[:] = BACKGROUND
@@ -72,7 +72,7 @@ def render(objects: list[Placed]) -> np.ndarray:
 
 
 def place(request: Request, rng: np.random.Generator) -> list[Placed]:
-    """Objects at random places that fulfil a request; what the request leaves free is drawn at random."""
+    """Place objects at random so that they fulfil a request; what it leaves free is drawn at random."""
     while True:
         largest = 13.0 if len(request.things) <= 2 else 10.0
         radii = rng.uniform(largest - 2.5, largest, len(request.things))
@@ -97,7 +97,7 @@ def _holds(relation: str | None, centres: np.ndarray) -> bool:
 
 
 def relation_credit(relation: str, first: tuple[float, float], second: tuple[float, float]) -> float:
-    """1 where the relation holds along the larger offset, 1/2 where it holds along the smaller one, else 0."""
+    """Return 1 where the relation holds along the larger offset, 1/2 where it holds along the smaller one, else 0."""
     dx, dy = second[0] - first[0], second[1] - first[1]
     along, across = {"left of": (dx, dy), "right of": (-dx, dy), "above": (dy, dx), "below": (-dy, dx)}[relation]
     return 0.0 if along <= 0 else 1.0 if along >= abs(across) else 0.5

@@ -1,0 +1,107 @@
+"""Which model, what of it is trained, and how it samples."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from fastloop.config.strict import Positive, Strict
+
+
+class LoraConfig(Strict):
+    """Low-rank adapters on the UNet, and on the text encoders if wanted (peft)."""
+
+    rank: Positive = Field(16, description="rank of the adapters")
+    alpha: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="the adapters' scale is alpha / rank; null: the rank, which makes the scale 1"
+    )
+    target_modules: list[str] = Field(
+        ["to_q", "to_k", "to_v", "to_out.0"],
+        min_length=1,
+        description="modules of the UNet that get an adapter, by the ending of their names",
+    )
+    text_encoders: bool = Field(
+        False, description="whether the attention of the text encoders gets adapters of the same rank too"
+    )
+
+
+class VaeConfig(Strict):
+    """How latents become pictures. A picture that overflows in half precision is decoded again in float32."""
+
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto",
+        description="of the VAE; auto: `model.dtype`, but fp32 with fp16 for an SDXL whose VAE config has `force_upcast`",
+    )
+    tile: Annotated[int, Field(ge=64, multiple_of=64)] | None = Field(
+        None,
+        description="pixels; larger pictures are decoded in overlapping tiles of this side, blended at the seams; null: whole",
+    )
+
+
+class ModelConfig(Strict):
+    """Which model, and what of it is trained."""
+
+    path: str | None = Field(
+        "assets:shapes",
+        min_length=1,
+        description="`assets:shapes` (the bundled model), a diffusers folder, or a hub id `OWNER/NAME`; "
+        "null beside `model.random_init`",
+    )
+    random_init: Literal["sd15", "sd2", "sdxl"] | None = Field(
+        None,
+        description="in place of `path`: Stable Diffusion 1.5, 2.1 or XL in full size with random weights, without a download",
+    )
+    revision: str | None = Field(None, description="branch, tag or commit of a hub id; null: its main branch")
+    variant: str | None = Field(None, description="variant of the weight files, such as `fp16`; null: those without a variant")
+    adapter: Literal["lora", "full"] = Field(
+        "lora", description="what is trained: LoRA adapters on the UNet, or all of the UNet's weights"
+    )
+    lora: LoraConfig = Field(LoraConfig(), description="the adapters of `model.adapter: lora`")
+    dtype: Literal["fp32", "bf16", "fp16"] = Field(
+        "fp32", description="what the model computes in; trained weights, latents and log-probs stay float32"
+    )
+    attention: Literal["sdpa", "flash", "xformers"] = Field(
+        "sdpa", description="attention backend; sdpa: what PyTorch chooses; flash: its flash backend alone"
+    )
+    compile: bool | Literal["regional"] = Field(
+        False, description="`torch.compile` of the whole UNet; regional: of its transformer blocks, which compiles much faster"
+    )
+    vae: VaeConfig = Field(VaeConfig(), description="how latents become pictures")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_default_path_beside_random_weights(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("random_init") is not None:
+            return {"path": None, **values}
+        return values
+
+
+class SamplingConfig(Strict):
+    """The reverse process, the same in rollouts and in updates."""
+
+    steps: Positive = Field(50, description="denoising steps T, at most the scheduler's `num_train_timesteps`")
+    eta: Annotated[float, Field(gt=0, le=1)] = Field(
+        1.0, description="DDIM's share of noise in each step; 1 is as noisy as DDPM"
+    )
+    guidance_scale: Annotated[float, Field(ge=1)] = Field(
+        5.0, description="w of classifier-free guidance; 1 switches it off and saves the second half of every forward"
+    )
+    negative_prompt: str = Field("", description="prompt of the unconditional branch; empty: none")
+    height: Positive | None = Field(
+        None, description="of the pictures, in pixels, a multiple of what the model needs; null: the model's own"
+    )
+    width: Positive | None = Field(
+        None, description="of the pictures, in pixels, a multiple of what the model needs; null: the model's own"
+    )
+    original_size: tuple[Positive, Positive] | None = Field(
+        None,
+        description="SDXL only: height and width in pixels that the model is told a picture had before scaling; "
+        "null: the picture's",
+    )
+    crop_top_left: tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]] = Field(
+        (0, 0), description="SDXL only: pixels that the model is told were cut from the top and the left"
+    )
+    target_size: tuple[Positive, Positive] | None = Field(
+        None, description="SDXL only: height and width in pixels that the model is told to draw; null: the picture's"
+    )

@@ -1,0 +1,83 @@
+"""What an update does: its loss, its optimizer, and the bounds past which it is not trusted."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from fastloop.config.strict import Fraction, Positive, Strict
+
+
+class LastStepsConfig(Strict):
+    """The last denoising steps are several times as sensitive as the others (docs/method.md)."""
+
+    drop: Annotated[int, Field(ge=0)] = Field(
+        0, description="last steps that are sampled and not trained; less than `sampling.steps`"
+    )
+    weight: Fraction = Field(1.0, description="factor on the loss of the last `count` trained steps")
+    count: Positive = Field(2, description="trained steps that `weight` applies to")
+
+
+class KlConfig(Strict):
+    """Gaussian KL to the model before training, per trained step: the adapter off, or a frozen copy."""
+
+    weight: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="factor in the loss of the Gaussian KL to the model before training; 0: off"
+    )
+
+
+class EmaConfig(Strict):
+    """Exponential moving average of the trained weights; evaluated and exported in their place."""
+
+    decay: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None, description="share of the moving average that stays at each optimizer step; null: no average"
+    )
+
+
+class OptimizerConfig(Strict):
+    """Who steps, and how far."""
+
+    name: Literal["adamw", "adamw8bit", "paged_adamw8bit", "lion8bit", "cpu_adamw"] = Field(
+        "adamw",
+        description="torch's AdamW, one of bitsandbytes with its state in 8 bits, "
+        "or DeepSpeed's AdamW, which steps in the CPU's memory",
+    )
+    lr: Annotated[float, Field(gt=0)] = Field(3e-4, description="learning rate")
+    schedule: Literal["constant", "linear"] = Field(
+        "constant", description="linear: falls from `lr` towards 0 over `iterations`, a step each iteration"
+    )
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
+        (0.9, 0.999), description="the betas of AdamW or Lion"
+    )
+    eps: Annotated[float, Field(gt=0)] = Field(1e-8, description="AdamW's epsilon; Lion has none")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(1e-4, description="decoupled weight decay")
+    max_grad_norm: Annotated[float, Field(gt=0)] = Field(
+        1.0, description="L2 norm over all trained weights to which larger gradients are scaled down"
+    )
+
+    def lr_at(self, iteration: int, iterations: int) -> float:
+        """Return the learning rate of an iteration, counted from 0, of a run of ``iterations``."""
+        return self.lr * (1 - iteration / iterations) if self.schedule == "linear" else self.lr
+
+
+class SafetyConfig(Strict):
+    """Bounds past which a run stops or warns."""
+
+    max_ratio_dev: Annotated[float, Field(ge=0)] = Field(
+        1e-5, description="the run stops if the replay before the first update has abs(ratio - 1) above this"
+    )
+    min_group_std: Annotated[float, Field(ge=0)] = Field(
+        1e-3, description="alarm when `reward/group_std` is below this; in units of the reward"
+    )
+    max_clipfrac: Fraction = Field(0.9, description="alarm when `policy/clipfrac` is above this")
+    min_image_entropy: Annotated[float, Field(ge=0)] = Field(
+        0.5, description="alarm when `image/entropy` is below this, in bits; a flat picture has 0"
+    )
+    max_image_saturation: Fraction = Field(
+        0.9, description="alarm when `image/saturation`, the share of pixel values at 0 or 255, is above this"
+    )
+    held_out_errors: Annotated[float, Field(gt=0)] | None = Field(
+        2.0,
+        description="alarm when a held-out reward falls by so many standard errors while the training reward rises; null: off",
+    )
