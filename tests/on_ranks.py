@@ -22,6 +22,23 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 needs_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="ranks would take the GPUs; tests/gpu has those")
 
+FEW = {"every": 9, "images_per_prompt": 1, "grid": 1, "prompts": {"source": "animals", "limit": 1}}
+ON_RANKS = {  # a run of two iterations, but for its model
+    "prompts": {"source": "animals"},
+    "rewards": [{"name": "jpeg_incompressibility"}],
+    "eval": FEW,
+    "sampling": {"steps": 2, "guidance_scale": 2.0},
+    "prompts_per_step": 3,
+    "images_per_prompt": 2,
+    "memory": {"rollout_batch": 3, "update_batch": 3, "vae_batch": 4},
+    "optimizer": {"lr": 1e-2},
+    "clip_range": 1e-2,
+    "tracking": {"tensorboard": False},
+    "checkpoint": {"every": 1, "keep": 9},
+    "iterations": 2,
+}
+SHARED = ("sampling", "prompts_per_step", "images_per_prompt", "memory", "optimizer", "clip_range", "checkpoint")
+
 
 def zero(stage: int, **keys) -> dict:
     return {"engine": {"name": "deepspeed", "zero_stage": stage, **keys}}

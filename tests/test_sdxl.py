@@ -10,27 +10,23 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_sdxl
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline
-from on_ranks import train_all, zero
+from diffusers import AutoencoderKL
+from on_ranks import FEW, ON_RANKS, SHARED, train_all, zero
 from run_files import distance, equal, weights
 from safetensors.torch import load_file, save_file
+from stock_sdxl import PROMPTS, gap, levels, our_run, pictures, stock, stock_run
 
 from fastloop.config import ModelConfig, SamplingConfig
 from fastloop.denoisers import build_skeleton, load_denoiser
-from fastloop.denoisers.files import read_json
 from fastloop.errors import RunFailed, UserError
-from fastloop.kernels.reference import initial_noise, normal
+from fastloop.kernels.reference import initial_noise
 from fastloop.memory.traces import LiveBytes, Traced
 from fastloop.plan import plan
 from fastloop.preflight import preflight
-from fastloop.rollout import rollout
 from fastloop.tracking import read_rows
 from fastloop.trainer import Trainer
-from fastloop.transitions import transition_table
 
 CPU = torch.device("cpu")
-SEED = 5
-PROMPTS = ["a red circle", "two blue squares left of a dog " * 4, ""]
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 SIZES = {"original_size": (31, 17), "crop_top_left": (3, 1), "target_size": (12, 40)}
 
@@ -47,77 +43,6 @@ def trainable(path, size: float = 0.0, **model):
     for parameter in denoiser.trainable().values():
         parameter.data += size * torch.randn(parameter.shape, generator=generator)
     return denoiser
-
-
-def stock(path, **kwargs) -> StableDiffusionXLPipeline:
-    pipeline = StableDiffusionXLPipeline.from_pretrained(path, **kwargs)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-def gap(a: torch.Tensor, b: torch.Tensor) -> float:
-    assert a.shape == b.shape
-    return (a - b).abs().max().item()
-
-
-def levels(a: np.ndarray, b: np.ndarray) -> int:
-    assert a.shape == b.shape
-    return int(np.abs(a.astype(int) - b.astype(int)).max())
-
-
-class OurNoise(DDIMScheduler):
-    """diffusers' scheduler with fastloop's noise in place of its own."""
-
-    def step(self, model_output, timestep, sample, eta=0.0, return_dict=True):
-        step = self.timesteps.tolist().index(int(timestep))
-        noise = normal(SEED, torch.arange(len(sample)), step, sample[0].numel()).view_as(sample)
-        return super().step(model_output, timestep, sample, eta=eta, variance_noise=noise, return_dict=return_dict)
-
-
-def stock_run(pipeline, sampling: SamplingConfig, shape) -> tuple[torch.Tensor, np.ndarray, list]:
-    """Last latents and pictures of stock diffusers from our noise, and what went in and out of its UNet."""
-    scheduler = read_json(pipeline.config._name_or_path, ModelConfig(), "scheduler_config.json", "scheduler")
-    pipeline.scheduler = OurNoise.from_config(scheduler, clip_sample=False, set_alpha_to_one=False)
-    calls = []
-
-    def keep(_, args, kwargs, output):
-        calls.append((args, kwargs, output))
-
-    hook = pipeline.unet.register_forward_hook(keep, with_kwargs=True)
-    latents = pipeline(
-        PROMPTS,
-        negative_prompt=[sampling.negative_prompt] * len(PROMPTS) if sampling.negative_prompt else None,
-        num_inference_steps=sampling.steps,
-        guidance_scale=sampling.guidance_scale,
-        eta=sampling.eta,
-        height=sampling.height,
-        width=sampling.width,
-        original_size=sampling.original_size,
-        crops_coords_top_left=sampling.crop_top_left,
-        target_size=sampling.target_size,
-        latents=initial_noise(SEED, torch.arange(len(PROMPTS)), shape),
-        output_type="latent",
-    ).images
-    hook.remove()
-    decoded = pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor).sample.detach()
-    images = pipeline.image_processor.postprocess(decoded)
-    return latents, np.stack([np.asarray(image) for image in images]), calls
-
-
-def our_run(denoiser, sampling: SamplingConfig):
-    scheduler = read_json(denoiser.path, ModelConfig(), "scheduler_config.json", "scheduler")
-    table = transition_table(scheduler, sampling.steps, sampling.eta)
-    return rollout(
-        denoiser,
-        table,
-        PROMPTS,
-        torch.arange(len(PROMPTS)),
-        sampling=sampling,
-        seed=SEED,
-        batch=2,
-        vae_batch=2,
-        backend="reference",
-    )
 
 
 # --- conditioning and prediction -----------------------------------------------------------------------------------------
@@ -269,22 +194,6 @@ def test_the_plan_counts_both_text_encoders_and_what_a_real_forward_keeps(make_c
 # --- whole runs ----------------------------------------------------------------------------------------------------------
 
 FULL = {"adapter": "full"}
-FEW = {"every": 9, "images_per_prompt": 1, "grid": 1, "prompts": {"source": "animals", "limit": 1}}
-ON_RANKS = {  # a run of two iterations, but for its model
-    "prompts": {"source": "animals"},
-    "rewards": [{"name": "jpeg_incompressibility"}],
-    "eval": FEW,
-    "sampling": {"steps": 4, "guidance_scale": 2.0},
-    "prompts_per_step": 3,
-    "images_per_prompt": 2,
-    "memory": {"rollout_batch": 3, "update_batch": 3, "vae_batch": 4},
-    "optimizer": {"lr": 1e-2},
-    "clip_range": 1e-2,
-    "tracking": {"tensorboard": False},
-    "checkpoint": {"every": 1, "keep": 9},
-    "iterations": 2,
-}
-SHARED = ("sampling", "prompts_per_step", "images_per_prompt", "memory", "optimizer", "clip_range", "checkpoint")
 
 
 @pytest.fixture
@@ -315,10 +224,6 @@ def test_it_trains_from_a_ratio_of_exactly_1_and_resumes_to_the_same_weights(mak
     make_run("broken", iterations=1, **changes, **one)
     broken = make_run("broken", resume=True, **changes, **one)
     assert equal(weights(broken.folder, 2), end)
-
-
-def pictures(trainer_or_denoiser, sampling: SamplingConfig) -> np.ndarray:
-    return our_run(getattr(trainer_or_denoiser, "denoiser", trainer_or_denoiser), sampling).images
 
 
 @pytest.mark.parametrize(

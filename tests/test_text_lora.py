@@ -6,11 +6,11 @@ import json
 
 import pytest
 import torch
-from on_ranks import train_all, zero
+from known_traces import remember_traces, trace_nothing
+from on_ranks import FEW, ON_RANKS, SHARED, train_all, zero
 from run_files import distance, equal, weights
 from safetensors.torch import load_file
-from test_sd import stock as stock_sd
-from test_sdxl import FEW, ON_RANKS, SHARED, levels, pictures, stock, stock_run
+from stock_sdxl import levels, pictures, stock, stock_run
 
 from fastloop import kernels
 from fastloop.config import ModelConfig, SamplingConfig
@@ -157,7 +157,7 @@ def test_sdxl_exported_gives_the_same_pictures_in_stock_diffusers(make_run, path
 def test_sd_exported_gives_the_same_embeddings_in_stock_diffusers(path, tmp_path, alpha):
     denoiser = trained(path, 0.2, lora={**TEXT["lora"], "alpha": alpha})
     denoiser.export(tmp_path)
-    pipeline = stock_sd(path)
+    pipeline = stock(path)
     before, _ = pipeline.encode_prompt("a red circle", CPU, 1, False)
     pipeline.load_lora_weights(tmp_path)
     after, _ = pipeline.encode_prompt("a red circle", CPU, 1, False)
@@ -168,9 +168,10 @@ def test_sd_exported_gives_the_same_embeddings_in_stock_diffusers(path, tmp_path
     assert {name.split(".")[0] for name in names} == {"unet", "text_encoder"}
 
 
-def test_the_plan_counts_adapters_and_what_the_text_encoders_keep_for_the_backward(make_config, path):
+def test_the_plan_counts_adapters_and_what_the_text_encoders_keep_for_the_backward(make_config, path, monkeypatch):
+    remember_traces(monkeypatch)
     config = make_config(model={"path": path, **TEXT})
-    plain = make_config(model={"path": path, "lora": {"rank": 2}})
+    plain = make_config(model={"path": path, "lora": {"rank": 2}}, memory={"rollout_batch": 5})
     rows = [line.split() for line in plan(config)]
     denoiser = trained(path)
     assert ["trained", f"{sum(p.numel() for p in denoiser.trainable().values()):,}"] in rows
@@ -184,7 +185,8 @@ def test_the_plan_counts_adapters_and_what_the_text_encoders_keep_for_the_backwa
     assert traced.update.peak(3) == pytest.approx(live.peak, rel=0.05)
 
 
-def test_text_encoders_that_train_stay_on_the_device(make_config, path):
+def test_text_encoders_that_train_stay_on_the_device(make_config, path, monkeypatch):
+    trace_nothing(monkeypatch)
     config = make_config(model={"path": path, **TEXT})
     denoiser = load_denoiser(config.model, CPU)
     denoiser.device = torch.device("meta")
