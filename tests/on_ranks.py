@@ -30,7 +30,7 @@ ON_RANKS = {  # a run of two iterations, but for its model
     "sampling": {"steps": 2, "guidance_scale": 2.0},
     "prompts_per_step": 3,
     "images_per_prompt": 2,
-    "memory": {"rollout_batch": 3, "update_batch": 3, "vae_batch": 4},
+    "memory": {"rollout_batch": 6, "update_batch": 3, "vae_batch": 4},
     "optimizer": {"lr": 1e-2},
     "clip_range": 1e-2,
     "tracking": {"tensorboard": False},

@@ -82,7 +82,7 @@ def base(tiny_sd) -> dict:
         "sampling": {"steps": 3, "guidance_scale": 2.0},
         "prompts_per_step": 3,
         "images_per_prompt": 3,
-        "memory": {"rollout_batch": 4, "update_batch": 6, "vae_batch": 4},
+        "memory": {"rollout_batch": 5, "update_batch": 6, "vae_batch": 4},
         "optimizer": {"lr": 1e-2},
         "clip_range": 1e-2,
         "tracking": {"tensorboard": False},
