@@ -86,9 +86,9 @@ def assert_nothing_shared_is_left(port: str) -> None:
 
 @contextlib.contextmanager
 def environment_of_ranks():
-    before = dict(os.environ)
+    before, own = dict(os.environ), environment()
     os.environ.clear()
-    os.environ.update(environment())
+    os.environ.update(own)
     try:
         yield
     finally:

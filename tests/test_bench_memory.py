@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from known_traces import trace_nothing
 
 from fastloop.preflight import preflight
 
@@ -26,7 +27,8 @@ def memory():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="measures host memory")
-def test_a_row_is_measured_and_becomes_a_table_a_json_and_a_plot(memory, tmp_path, capsys):
+def test_a_row_is_measured_and_becomes_a_table_a_json_and_a_plot(memory, tmp_path, capsys, monkeypatch):
+    trace_nothing(monkeypatch)  # of the plan beside it; the row is a process of its own
     assert memory.main(["--model", "tiny", "--rows", "plain", "--out", str(tmp_path)]) == 0
     summary = json.loads((tmp_path / "memory_cpu.json").read_text())
     (row,) = summary["rows"]

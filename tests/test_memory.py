@@ -11,6 +11,7 @@ import os
 import numpy as np
 import pytest
 import torch
+from known_traces import remember_traces
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -214,6 +215,7 @@ NAMES = tuple(AUTO)
 @pytest.fixture
 def free(monkeypatch):
     """A function that sets the free memory."""
+    remember_traces(monkeypatch)
 
     def put(size: float) -> None:
         monkeypatch.setattr("fastloop.preflight.free_bytes", lambda device, neighbours: int(size))

@@ -11,7 +11,7 @@ import torch
 
 from fastloop.checkpoints import list_checkpoints, load_checkpoint
 from fastloop.config import ModelConfig
-from fastloop.denoisers import build_skeleton, load_denoiser
+from fastloop.denoisers import load_denoiser
 from fastloop.errors import UserError
 from fastloop.plan import overview
 from fastloop.preflight import preflight
@@ -33,11 +33,13 @@ PUBLISHED = {  # parameters, and the side of their pictures
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_architecture_has_the_published_size(make_config, name):
     model = {"path": None, "random_init": name, "dtype": "bf16", "lora": {"rank": 4}}
-    skeleton = build_skeleton(ModelConfig(**model))
-    sizes, side = PUBLISHED[name]
-    assert {part: sum(p.numel() for p in module.parameters()) for part, module in skeleton.parts.items()} == sizes
-    lines = overview(preflight(make_config(model=model)))
-    assert lines[0] == f"model        {name} with random weights, lora, bf16, {side} x {side} pixels"
+    checked, (sizes, side) = preflight(make_config(model=model)), PUBLISHED[name]
+    frozen = {  # all but the adapters
+        part: sum(p.numel() for p in module.parameters() if not p.requires_grad)
+        for part, module in checked.skeleton.parts.items()
+    }
+    assert frozen == sizes
+    assert overview(checked)[0] == f"model        {name} with random weights, lora, bf16, {side} x {side} pixels"
 
 
 @pytest.fixture

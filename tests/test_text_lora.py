@@ -170,8 +170,9 @@ def test_sd_exported_gives_the_same_embeddings_in_stock_diffusers(path, tmp_path
 
 def test_the_plan_counts_adapters_and_what_the_text_encoders_keep_for_the_backward(make_config, path, monkeypatch):
     remember_traces(monkeypatch)
-    config = make_config(model={"path": path, **TEXT})
-    plain = make_config(model={"path": path, "lora": {"rank": 2}}, memory={"rollout_batch": 5})
+    whole = {"memory": {"rollout_batch": 6, "update_batch": 6}, "updates_per_rollout": 4}  # one micro-batch an update
+    config = make_config(model={"path": path, **TEXT}, **whole)
+    plain = make_config(model={"path": path, "lora": {"rank": 2}}, **whole)
     rows = [line.split() for line in plan(config)]
     denoiser = trained(path)
     assert ["trained", f"{sum(p.numel() for p in denoiser.trainable().values()):,}"] in rows
