@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from fastloop.compiled_ops import load_op
 from fastloop.config import OptimizerConfig
 
 SMALLEST_8BIT = 4096  # bitsandbytes keeps the state of smaller tensors in float32
@@ -65,6 +66,7 @@ def build_optimizer(config: OptimizerConfig, parameters: list[torch.nn.Parameter
     if kind.deepspeed:
         import deepspeed
 
+        load_op("CPUAdamBuilder")
         return getattr(deepspeed.ops.adam, kind.name)(parameters, **kwargs)
     if parameters[0].device.type == "cuda":
         kwargs["fused"] = True  # else it makes a temporary as large as all parameters

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from fastloop.batches import Batches
+from fastloop.compiled_ops import load_op
 from fastloop.config import Config
 from fastloop.engines.torch import describe
 from fastloop.errors import RunFailed, UserError
@@ -197,6 +198,8 @@ class DeepSpeedEngine:
         for p in network.parameters():  # it broadcasts and flattens weights as if they were contiguous
             if p.dim() == 4:  # a clone: .contiguous() leaves the strides of a 1 x 1 convolution as they are
                 p.data = p.data.clone(memory_format=torch.contiguous_format)
+        if device.type == "cpu":
+            load_op("ShareMemCommBuilder")
         try:
             self.model, *_ = deepspeed.initialize(
                 model=network if len(parts) == 1 else _Together(parts),
