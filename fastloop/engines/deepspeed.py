@@ -21,7 +21,6 @@ import torch
 import torch.distributed as dist
 
 from fastloop.batches import Batches
-from fastloop.compiled_ops import load_op
 from fastloop.config import Config
 from fastloop.engines.torch import describe
 from fastloop.errors import RunFailed, UserError
@@ -198,8 +197,8 @@ class DeepSpeedEngine:
         for p in network.parameters():  # it broadcasts and flattens weights as if they were contiguous
             if p.dim() == 4:  # a clone: .contiguous() leaves the strides of a 1 x 1 convolution as they are
                 p.data = p.data.clone(memory_format=torch.contiguous_format)
-        if device.type == "cpu":
-            load_op("ShareMemCommBuilder")
+        # DeepSpeed would compile an operator for inference, whose shared memory it leaves behind, 64 MiB a rank
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         try:
             self.model, *_ = deepspeed.initialize(
                 model=network if len(parts) == 1 else _Together(parts),
@@ -209,8 +208,6 @@ class DeepSpeedEngine:
             )
         except (ValueError, AssertionError, RuntimeError) as error:
             raise RunFailed(f"DeepSpeed: {' '.join(str(error).split())[:300]}") from error
-        if device.type == "cpu":
-            self._unlink_shared_memory()
         self.forward = self.model  # whose weights are all in the dtype that it computes in
         if self.stage < 3:
             for p in network.parameters():
@@ -218,13 +215,6 @@ class DeepSpeedEngine:
                     p.data = p.data.clone(memory_format=torch.channels_last)
         for name, value in start.items():  # it made them from the rounded weights
             self._set_master(parameters[name], value)
-
-    def _unlink_shared_memory(self) -> None:
-        """Of the buffers that its ranks on CPUs exchange through, 64 MiB each: DeepSpeed would leave them behind for good."""
-        self.ranks.wait()  # until all have them open: from then on the names are not needed
-        address, port = (os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
-        name = f"deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{self.ranks.rank}"
-        (Path("/dev/shm") / name).unlink(missing_ok=True)
 
     @property
     def _has_masters(self) -> bool:
