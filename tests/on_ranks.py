@@ -143,5 +143,5 @@ def start(ranks: int, folder: Path, *args) -> Ranks:
 def train_all(folder: Path, ranks: int, configs: list[dict]) -> None:
     """Trains them one after the other on as many ranks: see `rank_process.train_all`."""
     started = Ranks(ranks, folder, "train_all", configs)
-    assert started.wait(550) == [0] * ranks, started.said()
+    assert started.wait(1100) == [0] * ranks, started.said()
     assert_nothing_shared_is_left(started.port)

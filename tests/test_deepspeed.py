@@ -22,7 +22,7 @@ from fastloop.errors import UserError
 from fastloop.recipes import parse_config
 from fastloop.trainer import Trainer
 
-pytestmark = [needs_cpu, pytest.mark.timeout(600)]
+pytestmark = [needs_cpu, pytest.mark.timeout(1200)]
 
 
 def merged(base: dict, changes: dict) -> dict:
