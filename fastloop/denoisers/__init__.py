@@ -13,6 +13,7 @@ import torch
 from fastloop import kernels
 from fastloop.config import Config, ModelConfig
 from fastloop.denoisers.files import model_source, read_json, refuse_own_code
+from fastloop.denoisers.lean import lighten_parts
 from fastloop.errors import UserError
 from fastloop.machine import xformers_problem
 
@@ -46,7 +47,7 @@ def load_denoiser(config: ModelConfig, device: torch.device):
 
 
 def ready_denoiser(config: Config, device: torch.device, adapter: bool = True, trained: bool = False):
-    """Load a model and make it ready, always in this order: weights, residence, adapter, fused kernels, the KL's reference.
+    """Load a model and make it ready, always in this order: weights, residence, adapter, faster modules, the KL's reference.
 
     Trained weights, an engine and compilation come after it.
 
@@ -62,6 +63,7 @@ def ready_denoiser(config: Config, device: torch.device, adapter: bool = True, t
         denoiser.offload_frozen()
     if adapter:
         denoiser.train_adapter(config.memory.gradient_checkpointing if trained else False, seed=config.seed)
+    lighten_parts(denoiser, config.engine)
     kernels.fuse(denoiser.network, config.kernels, device)
     if trained and config.kl.weight:
         denoiser.keep_reference()

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from fastloop import kernels
 from fastloop.config import Config
 from fastloop.denoisers.base import Denoiser
+from fastloop.denoisers.lean import lighten_parts
 from fastloop.denoisers.parts import DTYPES
 from fastloop.kernels.reference import MicroBatch
 from fastloop.losses import micro_batch_loss
@@ -114,6 +115,7 @@ class Traced:
         self.config, self.denoiser = config, skeleton
         self.shape = skeleton.latent_shape(config.sampling.height, config.sampling.width)
         self.size = skeleton.image_size(config.sampling)
+        lighten_parts(skeleton, config.engine)
         fused = importlib.util.find_spec("triton") is not None and on_gpu
         backend = config.kernels if config.kernels != "auto" else "triton" if fused else "reference"
         if backend == "triton":

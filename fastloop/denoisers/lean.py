@@ -1,0 +1,112 @@
+"""Modules of diffusers and peft that launch less for the same result: put in by `lighten`, taken out by `unlighten`.
+
+Modules change their class, nothing else: parameters, names, files, merging and switching adapters off stay as they are.
+"""
+
+from __future__ import annotations
+
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from peft.tuners import lora
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastloop.config import EngineConfig
+from fastloop.denoisers.lora import LoraLinear, can_be_ours, project
+
+
+class LeanAttention(Attention):
+    """Attention by PyTorch's own backends; one thin product for all adapters of an input, and no division by 1."""
+
+    def forward(self, hidden_states: Tensor, encoder_hidden_states=None, attention_mask=None, **kwargs) -> Tensor:
+        """Attend from (N, L, C) to itself or to (N, M, C'); what another processor or a mask is for, diffusers does."""
+        if type(self.processor) is not AttnProcessor2_0 or attention_mask is not None or kwargs or hidden_states.dim() != 3:
+            return super().forward(hidden_states, encoder_hidden_states, attention_mask, **kwargs)
+        if encoder_hidden_states is None:
+            heads = project(hidden_states, self.to_q, self.to_k, self.to_v)
+        else:
+            heads = [*project(hidden_states, self.to_q), *project(encoder_hidden_states, self.to_k, self.to_v)]
+        query, key, value = (each.unflatten(-1, (self.heads, -1)).transpose(1, 2) for each in heads)
+        attended = F.scaled_dot_product_attention(query, key, value)
+        return self.to_out[0](attended.transpose(1, 2).flatten(2))
+
+
+class LeanResnet(ResnetBlock2D):
+    """A residual block without a division by 1."""
+
+    def forward(self, input_tensor: Tensor, temb: Tensor, *args, **kwargs) -> Tensor:
+        """Return the block's output for (N, C, H, W) and an embedding of the timestep, (N, E)."""
+        hidden = self.conv1(self.nonlinearity(self.norm1(input_tensor)))
+        hidden = hidden + self.time_emb_proj(self.nonlinearity(temb))[:, :, None, None]
+        hidden = self.conv2(self.nonlinearity(self.norm2(hidden)))
+        return hidden + (input_tensor if self.conv_shortcut is None else self.conv_shortcut(input_tensor))
+
+
+class LeanTransformer(Transformer2DModel):
+    """A transformer whose pixels keep their layout, channels last, which its tokens have too."""
+
+    def _get_output_for_continuous_inputs(self, hidden_states, residual, batch_size, height, width, inner_dim) -> Tensor:
+        if self.use_linear_projection:
+            hidden_states = self.proj_out(hidden_states)
+        hidden_states = hidden_states.reshape(batch_size, height, width, inner_dim).permute(0, 3, 1, 2)
+        return (hidden_states if self.use_linear_projection else self.proj_out(hidden_states)) + residual
+
+
+_STOCK = {
+    LoraLinear: lora.Linear,
+    LeanAttention: Attention,
+    LeanResnet: ResnetBlock2D,
+    LeanTransformer: Transformer2DModel,
+}
+_LEAN = {stock: lean for lean, stock in _STOCK.items()}
+
+
+def lighten_parts(denoiser, engine: EngineConfig) -> None:
+    """Lighten what is trained, but with ZeRO 3: it gathers weights where layers are called, and here some are not."""
+    if engine.zero_stage != 3:
+        for part in denoiser.trained_parts.values():
+            lighten(part)
+
+
+def lighten(model: nn.Module) -> int:
+    """Put in what can be. A module that does something else besides keeps its own forward.
+
+    Returns:
+        The number of modules that changed.
+    """
+    chosen = [module for module in model.modules() if type(module) in _LEAN and _CAN_BE[type(module)](module)]
+    for module in chosen:
+        module.__class__ = _LEAN[type(module)]
+    return len(chosen)
+
+
+def unlighten(model: nn.Module) -> None:
+    """Take back what `lighten` has done."""
+    for module in model.modules():
+        module.__class__ = _STOCK.get(type(module), type(module))
+
+
+def _attention(module: Attention) -> bool:
+    others = ("spatial_norm", "group_norm", "norm_cross", "norm_q", "norm_k", "added_kv_proj_dim")
+    unlike = module.residual_connection or module.rescale_output_factor != 1 or _drops(module.to_out[1])
+    return not unlike and all(getattr(module, name) is None for name in others)
+
+
+def _resnet(module: ResnetBlock2D) -> bool:
+    resizes = module.upsample is not None or module.downsample is not None
+    timed = module.time_embedding_norm == "default" and module.time_emb_proj is not None and not module.skip_time_act
+    return timed and not resizes and module.output_scale_factor == 1 and not _drops(module.dropout)
+
+
+def _drops(dropout: nn.Dropout) -> bool:
+    """Whether it does something in training mode."""
+    return dropout.p > 0
+
+
+_CAN_BE = {
+    lora.Linear: can_be_ours,
+    Attention: _attention,
+    ResnetBlock2D: _resnet,
+    Transformer2DModel: lambda module: module.is_input_continuous,
+}
