@@ -24,7 +24,7 @@ other, but for these, by PyTorch's CUDA sources:
 - gradients of slices, and padding: 2, zeros and a copy;
 - fastloop's own operators: what they launch. Their code runs, and launches of Triton kernels are counted instead of made.
 
-What cuBLAS and cuDNN launch inside one call (split sums, transposes for NCHW weights) is one.
+What cuBLAS and cuDNN launch inside one call (split sums, transposes for NCHW weights) is one, and so is a concatenation.
 
 **Bytes** are those of the tensors that an operator reads and writes, each once for the operator however many kernels it has.
 An expanded tensor counts what is there in memory; what is changed in place is read and written. GB are 10^9 bytes.
@@ -94,14 +94,16 @@ def load_fake(config: ModelConfig, device: torch.device):
     return denoiser
 
 
-Call = tuple[torch.nn.Module, Callable[[], tuple]]  # the network, and what calls it
+# The network, what calls it, what is stepped, and what is done with the gradients after each backward.
+Call = tuple[torch.nn.Module, Callable[[], tuple], list[torch.nn.Parameter], Callable[[], None]]
 
 
 def fastloop_call(config: Config) -> Call:
     denoiser = denoisers.ready_denoiser(config, DEVICE, trained=True)
-    denoiser.forward = TorchEngine(denoiser.trainable(), config, DEVICE).forward
+    engine = TorchEngine(denoiser.trainable(), config, DEVICE)
+    denoiser.forward = engine.forward
     given = inputs(denoiser, config, config.memory.update_batch)
-    return denoiser.network, lambda: denoiser.predict(*given)
+    return denoiser.network, lambda: denoiser.predict(*given), list(engine.masters.values()), engine.add_up
 
 
 def plain_call(config: Config) -> Call:
@@ -117,7 +119,8 @@ def plain_call(config: Config) -> Call:
     text, side = trainer.encode(["a"] * batch), trainer.unet.config.sample_size
     latents = torch.empty(batch, trainer.unet.config.in_channels, side, side, device=DEVICE)
     timesteps = torch.zeros(batch, dtype=torch.int64, device=DEVICE)
-    return trainer.unet, lambda: (trainer.predict(latents, timesteps, text),)
+    trained = [p for p in trainer.unet.parameters() if p.requires_grad]
+    return trainer.unet, lambda: (trainer.predict(latents, timesteps, text),), trained, lambda: None
 
 
 TRAINERS = {"plain PPO": plain_call, "fastloop": fastloop_call}
@@ -130,16 +133,17 @@ def census(model: str, adapter: str, trainer: str) -> dict:
     """One row: a model of bench/throughput.py, ``lora`` or ``full``, ``plain PPO`` or ``fastloop``."""
     config = case_config(model, adapter, OVERRIDES)
     with uncollected(), fake_gpu(), patch("fastloop.denoisers.load_denoiser", load_fake):
-        network, call = TRAINERS[trainer](config)
-        trained = [p for p in network.parameters() if p.requires_grad]
-        for p in trained:
-            p.grad = torch.empty_like(p)
+        network, call, stepped, add_up = TRAINERS[trainer](config)
+        for p in network.parameters():
+            p.grad = torch.empty_like(p) if p.requires_grad else None
+        add_up()
         model_tensors = [*network.parameters(), *network.buffers()]
         with Counter(model_tensors) as forward, Saved(model_tensors) as saved:
             outputs = [output for output in call() if output is not None]
         gradients = [torch.empty_like(output) for output in outputs]
-        with Counter(model_tensors, [p.grad for p in trained]) as backward:
+        with Counter(model_tensors, [p.grad for p in stepped]) as backward:
             torch.autograd.backward(outputs, gradients)
+            add_up()
     return {
         "model": model,
         "adapter": adapter,

@@ -25,7 +25,7 @@ KINDS = (
     "gradient accumulation",
     "other",
 )
-MATRIX = {"mm", "addmm", "bmm", "baddbmm", "addbmm", "mv", "addmv", "dot", "_scaled_mm"}
+MATRIX = {"mm", "addmm", "addmm_", "bmm", "baddbmm", "addbmm", "mv", "addmv", "dot", "_scaled_mm"}
 MOVES = {
     "clone",
     "contiguous",

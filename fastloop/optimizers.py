@@ -91,16 +91,21 @@ def step_bytes(name: str, sizes: Iterable[int], on_gpu: bool) -> int:
 
 
 class Ema:
-    """Exponential moving average of named parameters, float32: average += (1 - decay) (parameter - average)."""
+    """Exponential moving average of named parameters, float32: average += (1 - decay) (parameter - average).
 
-    def __init__(self, parameters: dict[str, torch.nn.Parameter], decay: float) -> None:
-        self.parameters, self.decay = parameters, decay
-        self.average = {name: p.detach().float().clone() for name, p in parameters.items()}
+    Where the parameters are rounded, their ``masters`` are averaged.
+    """
+
+    def __init__(
+        self, parameters: dict[str, torch.nn.Parameter], decay: float, masters: dict[str, torch.nn.Parameter] | None = None
+    ) -> None:
+        self.parameters, self.decay, self.masters = parameters, decay, masters or parameters
+        self.average = {name: p.detach().float().clone() for name, p in self.masters.items()}
 
     @torch.no_grad()
     def update(self) -> None:
         """Move the average towards the parameters as they are now."""
-        for name, p in self.parameters.items():
+        for name, p in self.masters.items():
             self.average[name].lerp_(p.float(), 1 - self.decay)
 
     @contextmanager

@@ -101,7 +101,7 @@ class Trainer:
         self.ema = None
         if config.ema.decay:
             with self.engine.gathered(list(self.parameters.values())):
-                self.ema = Ema(self.parameters, config.ema.decay)
+                self.ema = Ema(self.parameters, config.ema.decay, self.engine.masters)
         self.advantage = ADVANTAGES[config.advantage]()
         steps = self.steps_trained
         self.update = PolicyUpdate(config, self.denoiser, self.engine, self.table, steps, ranks, self.ema, observer)

@@ -286,9 +286,10 @@ class Denoiser(Adapters, Residence, Export):
         return with_prompt[:n], without[:n]
 
     def _mixed_forward(self, *args, **kwargs):
-        """The network's forward, under autocast where it computes in half precision: its trained weights are float32."""
+        """The network's forward, under autocast where it computes in half precision and its own weights are float32."""
         dtype = DTYPES[self.config.dtype]
-        mixed = dtype != torch.float32 and self.device.type != "meta"  # of which a plan only wants the shapes
+        mixed = self.config.adapter == "full" and dtype != torch.float32
+        mixed = mixed and self.device.type != "meta"  # of which a plan only wants the shapes
         with torch.autocast(self.device.type, dtype) if mixed else nullcontext():
             return self.network(*args, **kwargs)
 

@@ -188,6 +188,7 @@ class DeepSpeedEngine:
             os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed looks for it
         self.network = network = next(iter(parts.values()))
         self.parameters, self.ranks = parameters, ranks
+        self.masters = parameters  # those that are averaged: the float32 ones are shared out
         self.stage, self.dtype = config.engine.zero_stage, config.model.dtype
         self.max_grad_norm = config.optimizer.max_grad_norm
         start = {name: p.detach().cpu().clone() for name, p in parameters.items()} if self._has_masters else {}

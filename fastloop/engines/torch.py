@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from fastloop.config import Config
+from fastloop.denoisers.parts import DTYPES
 from fastloop.errors import UserError
 from fastloop.optimizers import build_optimizer
 
@@ -35,18 +36,27 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
 class TorchEngine:
     """Gradient accumulation, clipping and the optimizer step; loss scaling where the model runs in fp16.
 
-    What an engine is; `DeepSpeedEngine` is the other one.
+    What an engine is; `DeepSpeedEngine` is the other one. Adapters of a model in half precision get that dtype. Behind them
+    are float32 masters, which add up the gradients, are stepped, averaged and saved; they are rounded once an update.
 
     Attributes:
         forward: how the network's forward is called; ``None``: as the denoiser does it by itself.
+        masters: what the optimizer steps, float32, by name: the parameters themselves, or what is behind them.
     """
 
     forward: Callable[..., Any] | None = None
 
     def __init__(self, parameters: dict[str, torch.nn.Parameter], config: Config, device: torch.device) -> None:
-        self.parameters = parameters
+        self.parameters = self.masters = parameters
+        dtype = DTYPES[config.model.dtype]
+        self._rounds = config.model.adapter == "lora" and dtype != torch.float32
+        if self._rounds:
+            plain = {"memory_format": torch.contiguous_format}
+            self.masters = {name: torch.nn.Parameter(p.detach().clone(**plain)) for name, p in parameters.items()}
+            for p in parameters.values():
+                p.data = p.data.to(dtype)
         self.max_grad_norm = config.optimizer.max_grad_norm
-        self.optimizer = build_optimizer(config.optimizer, list(parameters.values()))
+        self.optimizer = build_optimizer(config.optimizer, list(self.masters.values()))
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.model.dtype == "fp16")
 
     @contextmanager
@@ -60,6 +70,21 @@ class TorchEngine:
         ``last`` is that of the update's last micro-batch.
         """
         self.scaler.scale(loss).backward()
+        self.add_up()
+
+    def add_up(self) -> None:
+        """Move the gradients of the parameters to those of the masters, if these are others, in few launches."""
+        if not self._rounds:
+            return
+        parameters, masters = list(self.parameters.values()), list(self.masters.values())
+        if masters[0].grad is None:
+            sizes = [p.numel() for p in masters]
+            self._sum = torch.zeros(sum(sizes), device=masters[0].device)
+            for p, own in zip(masters, self._sum.split(sizes), strict=True):
+                p.grad = own.view_as(p)
+        self._sum += torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
+        for p in parameters:
+            p.grad = None
 
     def step(self) -> float | None:
         """Clip, step and clear the gradients.
@@ -69,10 +94,12 @@ class TorchEngine:
             loss scaling that is routine at first: the scale has been lowered.
         """
         self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.max_grad_norm)
+        norm = torch.nn.utils.clip_grad_norm_(self.masters.values(), self.max_grad_norm)
         finite = bool(norm.isfinite())
         if finite:
             self.scaler.step(self.optimizer)
+            if self._rounds:
+                torch._foreach_copy_([p.data for p in self.parameters.values()], [p.data for p in self.masters.values()])
         if self.scaler.is_enabled():
             self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
@@ -90,7 +117,7 @@ class TorchEngine:
 
     def weights(self) -> dict[str, torch.Tensor]:
         """Return the trained weights, float32. Every rank calls it; the main one gets them."""
-        return {name: p.detach() for name, p in self.parameters.items()}
+        return {name: p.detach() for name, p in self.masters.items()}
 
     def save(self, folder: Path) -> dict[str, Any]:
         """Return its state as plain values and tensors; what is sharded over ranks it writes into a checkpoint's folder."""

@@ -126,10 +126,13 @@ class Traced:
         else:
             ops = kernels.reference
         self.ops = ops
-        if on_gpu and config.model.dtype != "fp32" and config.engine.name == "torch":
+        half, full = config.model.dtype != "fp32", config.model.adapter == "full"
+        if on_gpu and half and full and config.engine.name == "torch":
             _upcast_norms(skeleton.network)
-        self._engine_casts = config.engine.name == "deepspeed"
-        self._accumulates = accumulates and (config.engine.zero_stage or 0) < 2
+        self._engine_casts = config.engine.name == "deepspeed" or (half and not full)
+        # those of adapters in half precision are added up elsewhere, and ZeRO shares them out
+        rounds = config.engine.name == "torch" and half and not full
+        self._accumulates = accumulates and not rounds and (config.engine.zero_stage or 0) < 2
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         with self.fake:
             for module in skeleton.parts.values():
