@@ -13,6 +13,7 @@ from known_traces import remember_traces, trace_nothing
 
 from fastloop.batches import Batches, Rows, shuffled, trained_steps
 from fastloop.denoisers import build_skeleton, load_denoiser
+from fastloop.engines.torch import TorchEngine
 from fastloop.errors import UserError
 from fastloop.kernels.reference import MicroBatch, policy_loss
 from fastloop.memory.traces import LiveBytes, Traced
@@ -73,7 +74,10 @@ def test_the_parameters_are_those_of_the_loaded_model(make_config, untraced, mod
     if config.model.adapter == "lora":  # shown once, as trained
         expected["unet"] -= expected["trained"]
     assert counted(config) == expected
+    engine = TorchEngine(denoiser.trainable(), config, denoiser.device)  # adapters in half precision get masters there
     parts, weights = planned_memory(config).parts, modules
+    behind = sum(p.numel() * p.element_size() for p in engine.masters.values() if engine.masters is not engine.parameters)
+    assert parts.get("master weights", 0) == behind
     assert parts["UNet"] == sum(p.numel() * p.element_size() for p in weights["unet"].parameters())
     assert parts["VAE"] == sum(p.numel() * p.element_size() for p in weights["vae"].parameters())
 
@@ -262,13 +266,14 @@ def test_on_a_gpu_what_rests_is_in_the_hosts_memory(make_config, untraced):
 
 
 def test_a_gpu_is_planned_with_what_runs_there(make_config):
-    """Fused norms and gates keep less; autocast has the outputs of the other norms in float32."""
+    """Fused norms and gates keep less; autocast, for a full fine-tune, has the outputs of the other norms in float32."""
 
     def found(gpu: bool = True, **changes):
         return planned_memory(make_config(memory={"rollout_batch": 5}, **changes), gpu=gpu)
 
     assert found(kernels="triton").phases["update"] < found(kernels="reference").phases["update"]
-    gpu, cpu = (found(gpu, model={"dtype": "bf16"}, kernels="reference").parts for gpu in (True, False))
+    full = {"adapter": "full", "dtype": "bf16"}
+    gpu, cpu = (found(gpu, model=full, kernels="reference").parts for gpu in (True, False))
     assert gpu["activations of 5 pairs"] > cpu["activations of 5 pairs"]
 
 
