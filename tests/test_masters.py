@@ -1,4 +1,4 @@
-"""Adapters in half precision with float32 masters behind them: none of what reads weights sees old or rounded ones."""
+"""Trained weights in half precision with float32 masters behind them: what reads weights sees neither old nor rounded ones."""
 
 from __future__ import annotations
 
@@ -14,9 +14,15 @@ from fastloop.trainer import Trainer
 CPU = torch.device("cpu")
 
 
+@pytest.fixture(params=["lora", "full"])
+def values(request) -> dict:
+    model = {"adapter": request.param, "dtype": "bf16"}
+    return {"model": model, "clip_range": 1.0, "ema": {"decay": 0.5}, "optimizer": {"lr": 1e-3}}
+
+
 @pytest.fixture
-def config(make_config):
-    return make_config(model={"dtype": "bf16"}, clip_range=1.0, ema={"decay": 0.5}, optimizer={"lr": 1e-3})
+def config(make_config, values):
+    return make_config(**values)
 
 
 @pytest.fixture(autouse=True)
@@ -52,11 +58,13 @@ def test_steps_too_small_for_half_precision_add_up(make_config):
     assert torch.equal(p, engine.weights()["w"].bfloat16()) and p.grad is None
 
 
-def test_gradients_of_micro_batches_add_up_in_float32(make_config):
+@pytest.mark.parametrize("adapter", ["lora", "full"])
+def test_gradients_of_micro_batches_add_up_in_float32(make_config, adapter):
     p = torch.nn.Parameter(torch.zeros(2))
-    engine = TorchEngine({"w": p}, make_config(model={"dtype": "bf16"}), CPU)
+    engine = TorchEngine({"w": p}, make_config(model={"adapter": adapter, "dtype": "bf16"}), CPU)
     for _ in range(300):  # in bfloat16, 256 + 1 is 256
         engine.backward(p.float().sum(), last=False)
+        assert p.grad is None
     assert torch.equal(engine.masters["w"].grad, torch.full((2,), 300.0))
 
 
@@ -85,14 +93,15 @@ def test_export_and_checkpoint_hold_what_is_in_float32(config):
     newest = sorted((folder / "checkpoints").iterdir())[-1]
     saved, average = (load_file(newest / f"{name}.safetensors") for name in ("weights", "ema"))
     assert whole(saved) and same(saved, trainer.engine.weights()) and same(average, trainer.ema.average)
-    exported = load_file(folder / "export" / "pytorch_lora_weights.safetensors")
-    found = {name.removeprefix("unet."): value for name, value in exported.items()}
+    (file,) = {"lora": (folder / "export").glob("*.safetensors"), "full": (folder / "export" / "unet").glob("*.safetensors")}[
+        config.model.adapter
+    ]
+    found = {name.removeprefix("unet."): value for name, value in load_file(file).items()}
     assert whole(found) and same(found, {name.replace(".default", ""): value for name, value in average.items()})
     assert all(p.dtype == torch.bfloat16 for p in trainer.parameters.values())
 
 
-def test_a_resumed_run_goes_on_from_the_masters(make_config, config, tmp_path):
-    values = {"model": {"dtype": "bf16"}, "clip_range": 1.0, "ema": {"decay": 0.5}, "optimizer": {"lr": 1e-3}}
+def test_a_resumed_run_goes_on_from_the_masters(make_config, config, values, tmp_path):
     whole_run = Trainer(config)
     whole_run.train()
     parted = make_config(**values, iterations=1, output_dir=str(tmp_path / "parted"))
@@ -104,10 +113,11 @@ def test_a_resumed_run_goes_on_from_the_masters(make_config, config, tmp_path):
     assert same(resumed.ema.average, whole_run.ema.average)
 
 
-def test_the_reference_is_the_base_model(config):
+def test_the_reference_is_the_base_model(make_config, values):
+    config = make_config(**values, kl={"weight": 0.1})
     trainer = Trainer(config)
     denoiser = trainer.denoiser
-    base = ready_denoiser(config, CPU, adapter=False)
+    base = ready_denoiser(config, CPU, adapter=False)  # the files' weights, in half precision
     x, t = torch.randn(2, *denoiser.latent_shape(None, None)), torch.tensor([3, 700])
     texts = denoiser.encode(["a cat", "a dog"], config.sampling)
     for p in trainer.parameters.values():
@@ -120,24 +130,28 @@ def test_the_reference_is_the_base_model(config):
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-def test_the_error_is_no_more_than_1_3_times_that_of_autocast(make_config, dtype):
+@pytest.mark.parametrize("adapter", ["lora", "full"])
+def test_the_error_is_no_more_than_1_3_times_that_of_autocast(make_config, adapter, dtype):
     """Of outputs and gradients, against float32, with stock modules under autocast."""
 
     def outcome(dtype, ready):
-        config = make_config(model={"path": "assets:shapes", "dtype": dtype, "lora": {"rank": 4}})
-        denoiser = ready(config)
+        config = make_config(model={"path": "assets:shapes", "adapter": adapter, "dtype": dtype, "lora": {"rank": 4}})
+        denoiser = ready(config, CPU)
         g = torch.Generator().manual_seed(0)
-        for p in denoiser.trainable().values():
+        for p in denoiser.trainable().values() if adapter == "lora" else ():
             p.data = 0.02 * torch.randn(p.shape, generator=g)
+        if ready is ready_denoiser:
+            TorchEngine(denoiser.trainable(), config, CPU)
+            assert {p.dtype for p in denoiser.network.parameters()} == {denoiser.network.dtype} != {torch.float32}
         size = denoiser.latent_shape(None, None)
         x, weight = torch.randn(2, 4, *size, generator=g)
         texts = denoiser.encode(["a red circle", "a blue square", "a", "two"], config.sampling)
         output = denoiser.predict(x, torch.tensor([5, 200, 500, 900]), *texts)[0].float()
         gradients = torch.autograd.grad((output * weight).sum(), list(denoiser.trainable().values()))
-        return output.detach(), torch.cat([g.flatten() for g in gradients])
+        return output.detach(), torch.cat([g.float().flatten() for g in gradients])
 
-    def stock(config):
-        denoiser = load_denoiser(config.model, CPU)
+    def stock(config, device):
+        denoiser = load_denoiser(config.model, device)
         denoiser.train_adapter(False, seed=0)
 
         def under_autocast(*args, **kwargs):
@@ -148,6 +162,8 @@ def test_the_error_is_no_more_than_1_3_times_that_of_autocast(make_config, dtype
             denoiser.forward = under_autocast
         return denoiser
 
-    exact, mixed, half = outcome("fp32", stock), outcome(dtype, stock), outcome(dtype, lambda c: ready_denoiser(c, CPU))
-    for value, autocast, ours in zip(exact, mixed, half, strict=True):
-        assert (ours - value).norm() <= 1.3 * (autocast - value).norm() <= 0.05 * value.norm()
+    exact, mixed, half = outcome("fp32", stock), outcome(dtype, stock), outcome(dtype, ready_denoiser)
+    for what, value, autocast, ours in zip(("output", "gradients"), exact, mixed, half, strict=True):
+        found, limit = ((of - value).norm() / value.norm() for of in (ours, autocast))
+        print(f"{adapter} {dtype}, error of {what}: {found:.3%}, stock modules under autocast {limit:.3%}")
+        assert found <= 1.3 * limit <= 0.065

@@ -175,7 +175,7 @@ def measured(config) -> int:
     with LiveBytes() as live:
         for module in denoiser.parts.values():
             live.count([*module.parameters(), *module.buffers()])
-        live.count([*average.values(), *(denoiser._reference or {}).values()])
+        live.count([*trainer.engine.masters.values(), *average.values(), *(denoiser._reference or {}).values()])
         trainer.train()
     return live.peak
 
@@ -266,15 +266,9 @@ def test_on_a_gpu_what_rests_is_in_the_hosts_memory(make_config, untraced):
 
 
 def test_a_gpu_is_planned_with_what_runs_there(make_config):
-    """Fused norms and gates keep less; autocast, for a full fine-tune, has the outputs of the other norms in float32."""
-
-    def found(gpu: bool = True, **changes):
-        return planned_memory(make_config(memory={"rollout_batch": 5}, **changes), gpu=gpu)
-
-    assert found(kernels="triton").phases["update"] < found(kernels="reference").phases["update"]
-    full = {"adapter": "full", "dtype": "bf16"}
-    gpu, cpu = (found(gpu, model=full, kernels="reference").parts for gpu in (True, False))
-    assert gpu["activations of 5 pairs"] > cpu["activations of 5 pairs"]
+    """Fused norms and gates keep less."""
+    fused, stock = (planned_memory(make_config(kernels=kernels), gpu=True) for kernels in ("triton", "reference"))
+    assert fused.phases["update"] < stock.phases["update"]
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from peft import LoraConfig
 
+from fastloop.denoisers.parts import DTYPES
 from fastloop.errors import UserError
 from fastloop.optimizers import holding
 
@@ -52,7 +53,7 @@ class Adapters:
             for name in self.text_encoders if self.trains_text else ():
                 self._add_lora(name, TEXT_TARGETS)
         else:
-            # a full fine-tune keeps float32 weights; the forward runs in `model.dtype` under autocast
+            # as it starts and is saved; an engine rounds them to `model.dtype`, and without one autocast does
             self.network.float().requires_grad_(True)
         if gradient_checkpointing:
             self.network.enable_gradient_checkpointing()
@@ -100,7 +101,8 @@ class Adapters:
     def keep_reference(self) -> None:
         """Freeze a copy of the weights for the KL; LoRA needs none, its adapter is switched off."""
         if self.config.adapter == "full":
-            self._reference = {name: p.detach().clone() for name, p in self.network.named_parameters()}
+            dtype = DTYPES[self.config.dtype]
+            self._reference = {name: p.detach().to(dtype, copy=True) for name, p in self.network.named_parameters()}
 
     @contextmanager
     def reference(self) -> Iterator[None]:

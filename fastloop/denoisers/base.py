@@ -286,10 +286,9 @@ class Denoiser(Adapters, Residence, Export):
         return with_prompt[:n], without[:n]
 
     def _mixed_forward(self, *args, **kwargs):
-        """The network's forward, under autocast where it computes in half precision and its own weights are float32."""
+        """The network's forward, under autocast where an engine has not yet put its weights into half precision."""
         dtype = DTYPES[self.config.dtype]
-        mixed = self.config.adapter == "full" and dtype != torch.float32
-        mixed = mixed and self.device.type != "meta"  # of which a plan only wants the shapes
+        mixed = self.network.dtype != dtype and self.device.type != "meta"  # of which a plan only wants the shapes
         with torch.autocast(self.device.type, dtype) if mixed else nullcontext():
             return self.network(*args, **kwargs)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,8 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
 class TorchEngine:
     """Gradient accumulation, clipping and the optimizer step; loss scaling where the model runs in fp16.
 
-    What an engine is; `DeepSpeedEngine` is the other one. Adapters of a model in half precision get that dtype. Behind them
-    are float32 masters, which add up the gradients, are stepped, averaged and saved; they are rounded once an update.
+    What an engine is; `DeepSpeedEngine` is the other one. The trained weights of a model in half precision get that dtype.
+    Behind them are float32 masters, which add up the gradients, are stepped, averaged and saved; each update rounds them.
 
     Attributes:
         forward: how the network's forward is called; ``None``: as the denoiser does it by itself.
@@ -48,13 +49,16 @@ class TorchEngine:
 
     def __init__(self, parameters: dict[str, torch.nn.Parameter], config: Config, device: torch.device) -> None:
         self.parameters = self.masters = parameters
-        dtype = DTYPES[config.model.dtype]
-        self._rounds = config.model.adapter == "lora" and dtype != torch.float32
+        dtype, full = DTYPES[config.model.dtype], config.model.adapter == "full"
+        self._rounds = dtype != torch.float32
+        self._sums_at_once = self._rounds and not full
         if self._rounds:
-            plain = {"memory_format": torch.contiguous_format}
-            self.masters = {name: torch.nn.Parameter(p.detach().clone(**plain)) for name, p in parameters.items()}
-            for p in parameters.values():
+            layout = torch.preserve_format if full else torch.contiguous_format
+            self.masters = {name: torch.nn.Parameter(p.detach().clone(memory_format=layout)) for name, p in parameters.items()}
+            for p, master in zip(parameters.values(), self.masters.values(), strict=True):
                 p.data = p.data.to(dtype)
+                if full:  # each as it comes: those of a whole network in half precision are not held beside the sums
+                    p.register_post_accumulate_grad_hook(partial(_hand_over, master))
         self.max_grad_norm = config.optimizer.max_grad_norm
         self.optimizer = build_optimizer(config.optimizer, list(self.masters.values()))
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.model.dtype == "fp16")
@@ -73,8 +77,8 @@ class TorchEngine:
         self.add_up()
 
     def add_up(self) -> None:
-        """Move the gradients of the parameters to those of the masters, if these are others, in few launches."""
-        if not self._rounds:
+        """Move the gradients of adapters to their masters, if they have any: all of them in few launches."""
+        if not self._sums_at_once:
             return
         parameters, masters = list(self.parameters.values()), list(self.masters.values())
         if masters[0].grad is None:
@@ -130,6 +134,15 @@ class TorchEngine:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         return None
+
+
+def _hand_over(master: torch.nn.Parameter, p: torch.nn.Parameter) -> None:
+    """Adds the gradient of a parameter to that of its master, in float32."""
+    if master.grad is None:
+        master.grad = p.grad.float()
+    else:
+        master.grad += p.grad
+    p.grad = None
 
 
 def describe(state: dict[str, Any]) -> str:

@@ -110,7 +110,7 @@ class Shards:
         self.deepspeed = engine.name == "deepspeed"
         self.stage, self.world = (engine.zero_stage if self.deepspeed else 0), world
         self.half = config.model.dtype != "fp32"
-        self.rounds = self.half and config.model.adapter == "lora" and not self.deepspeed  # as `TorchEngine` does
+        self.rounds = self.half and not self.deepspeed  # as `TorchEngine` does
         self.size = 2 if self.deepspeed and self.half else 4
         self.accumulated = 4 if config.model.dtype != "fp16" else 2
         self.offloads = engine.offload_optimizer

@@ -126,13 +126,12 @@ class Traced:
         else:
             ops = kernels.reference
         self.ops = ops
-        half, full = config.model.dtype != "fp32", config.model.adapter == "full"
-        if on_gpu and half and full and config.engine.name == "torch":
-            _upcast_norms(skeleton.network)
-        self._engine_casts = config.engine.name == "deepspeed" or (half and not full)
-        # those of adapters in half precision are added up elsewhere, and ZeRO shares them out
-        rounds = config.engine.name == "torch" and half and not full
-        self._accumulates = accumulates and not rounds and (config.engine.zero_stage or 0) < 2
+        half, stage = config.model.dtype != "fp32", config.engine.zero_stage or 0
+        self._engine_casts = config.engine.name == "deepspeed" or half
+        rounds = config.engine.name == "torch" and half
+        # gradients of half precision are added up elsewhere, and ZeRO shares them out
+        self._accumulates = accumulates and not rounds and stage < 2
+        self._hands_over = stage > 1 or (rounds and config.model.adapter == "full")
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         with self.fake:
             for module in skeleton.parts.values():
@@ -144,7 +143,7 @@ class Traced:
                 skeleton.forward = lambda *args, **kwargs: skeleton.network(*args, **kwargs)  # as in an engine: no autocast
             if config.kl.weight:
                 skeleton.keep_reference()
-            if (config.engine.zero_stage or 0) > 1:  # gradients go to their ranks as they come
+            if self._hands_over:  # gradients go to their ranks or masters as they come
                 for p in skeleton.trainable().values():
                     p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
             self.encode = self._encode()
@@ -162,7 +161,7 @@ class Traced:
 
     def activations(self, batch: int) -> int:
         """Return the bytes of an update of so many pairs at most, without the gradients."""
-        gradients = 0 if (self.config.engine.zero_stage or 0) > 1 else sum(map(size_of, self.denoiser.trainable().values()))
+        gradients = 0 if self._hands_over else sum(map(size_of, self.denoiser.trainable().values()))
         return self.update.peak(batch) - gradients
 
     def _encode(self) -> int:
@@ -220,13 +219,6 @@ def update_loss(denoiser: Denoiser, config: Config, ops: ModuleType, batch: int)
 def size_of(tensor: torch.Tensor) -> int:
     """Return the bytes of a tensor's elements."""
     return tensor.numel() * tensor.element_size()
-
-
-def _upcast_norms(network: torch.nn.Module) -> None:
-    """What autocast does on a GPU and not on a CPU: these norms are computed in float32, and their outputs are."""
-    for module in network.modules():
-        if type(module) in (torch.nn.LayerNorm, torch.nn.GroupNorm):
-            module.float().register_forward_pre_hook(lambda _, args: (args[0].float(), *args[1:]))
 
 
 def make_fake(module: torch.nn.Module) -> None:
