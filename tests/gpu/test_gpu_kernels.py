@@ -215,13 +215,30 @@ def test_the_loss_needs_no_memory_but_its_gradients():
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_the_kernels_run_on_the_device_of_their_arguments_whatever_the_current_one_is():
-    inputs = case(SD, rows=4, dtype=torch.bfloat16)
-    other = {name: value.to("cuda:1") if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
-    ids = trajectories(4)
-    want = sampled(inputs)
-    got = fused.sample_transition(**other, seed=SEED, trajectory=ids.to("cuda:1"), step=4)
-    assert all(torch.equal(one.cpu(), exact.cpu()) for one, exact in zip(got, want, strict=True))
+def test_every_operator_runs_on_the_device_of_its_tensors_whatever_the_current_one_is():
+    for one, other in zip(everything_on("cuda:0"), everything_on("cuda:1"), strict=True):
+        assert (one.device.index, other.device.index) == (0, 1) and torch.equal(one.cpu(), other.cpu())
+
+
+def everything_on(device: str, shape=SD, norm=NORMS[0], gate=GATES[0]) -> list[torch.Tensor]:
+    """What the operators give, and their gradients, of inputs that do not depend on the device where they are made."""
+
+    def there(values: dict) -> dict:
+        return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in values.items()}
+
+    inputs = case(shape, rows=4, dtype=torch.bfloat16)
+    arguments, ids = there(update(inputs)), trajectories(4).to(device)
+
+    def loss(cond, uncond):
+        return policy_loss(fused, **arguments | {"cond": cond, "uncond": uncond}, objective="kl_mask").loss
+
+    return [
+        fused.initial_noise(SEED, ids, shape),
+        *fused.sample_transition(**there(inputs), seed=SEED, trajectory=ids, step=4),
+        *output_and_gradients(loss, {name: arguments[name] for name in ("cond", "uncond")}),
+        *output_and_gradients(normalised, there(norm_inputs(norm))),
+        *output_and_gradients(fused.geglu, there(gate_inputs(gate))),
+    ]
 
 
 # --- a run ------------------------------------------------------------------------------------------------------------
