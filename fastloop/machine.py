@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from fastloop import numerics
 from fastloop.kernels import triton_problem
 from fastloop.optimizers import OPTIMIZERS, optimizer_problem
 
@@ -86,6 +87,7 @@ def compiler_problem(device: torch.device) -> str | None:
 
 def capabilities() -> list[tuple[str, str]]:
     """Return the rows of `fastloop info`: what this machine can do, and what is missing for the rest."""
+    numerics.pin()  # as every run does
     cpu = torch.device("cpu")
     facts = describe_machine(cpu)
     rows = [("machine", f"{facts['system']}, {facts['cpus']} CPU cores, {facts['memory_gib']} GiB")]
@@ -100,7 +102,8 @@ def capabilities() -> list[tuple[str, str]]:
         rows.append(("device", "cpu (no CUDA device found)"))
     rows += [
         ("kernels", "triton" if (problem := triton_problem(device)) is None else f"reference (PyTorch); triton {problem}"),
-        ("attention", "sdpa" + ("" if xformers_problem() else ", xformers")),
+        ("attention", f"sdpa ({', '.join(numerics.attention_backends())})" + ("" if xformers_problem() else ", xformers")),
+        ("sums", numerics.half_precision_sums()),
         ("xformers", xformers_problem() or "works"),
         ("optimizers", ", ".join(name for name in OPTIMIZERS if optimizer_problem(name, device) is None)),
         ("engines", "torch" + (", deepspeed" if version_of("deepspeed") else "")),

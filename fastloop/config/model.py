@@ -62,7 +62,9 @@ class ModelConfig(Strict):
         "fp32", description="what the model computes in; trained weights, latents and log-probs stay float32"
     )
     attention: Literal["sdpa", "flash", "xformers"] = Field(
-        "sdpa", description="attention backend; sdpa: what PyTorch chooses; flash: its flash backend alone"
+        "sdpa",
+        description="attention backend; sdpa: PyTorch's flash, memory-efficient or plain one, the first that can; "
+        "flash: its flash backend alone",
     )
     compile: bool | Literal["regional"] = Field(
         False, description="`torch.compile` of the whole UNet; regional: of its transformer blocks, which compiles much faster"

@@ -10,7 +10,7 @@ import importlib
 
 import torch
 
-from fastloop import kernels
+from fastloop import kernels, numerics
 from fastloop.config import Config, ModelConfig
 from fastloop.denoisers.files import model_source, read_json, refuse_own_code
 from fastloop.denoisers.lean import lighten_parts
@@ -58,6 +58,7 @@ def ready_denoiser(config: Config, device: torch.device, adapter: bool = True, t
     Raises:
         UserError: as `load_denoiser`, and for an adapter or blocks that do not fit the model.
     """
+    numerics.pin()
     denoiser = load_denoiser(config.model, device)
     if config.memory.offload_frozen:
         denoiser.offload_frozen()
