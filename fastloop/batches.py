@@ -7,6 +7,7 @@ Plan, memory estimate, engines and trainer all take these numbers from here. A *
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -15,6 +16,11 @@ from fastloop.config import Config
 from fastloop.errors import UserError
 from fastloop.ranks import Ranks
 from fastloop.transitions import TransitionTable
+
+# What a call of the network costs beside its rows, in rows: of the bundled model on a CPU, from the batches of 4, 16 and 32 in
+# bench/results/throughput_cpu.md.
+CALL_ROWS = 6
+ONE_SHAPE_MAY_COST = 1 / 16  # in float32, where rows of another shape differ by 2e-6 at most
 
 
 def trained_steps(table: TransitionTable, config: Config) -> torch.Tensor:
@@ -88,8 +94,14 @@ class Batches:
 
     @property
     def rows_of_rank(self) -> int:
-        """Rows of the largest update on one rank, as even as ranks can have them."""
-        return -(-self.largest_update // self.world)
+        """Rows of the largest update on one rank, at most: `shuffled` has all trajectories once, then all once again."""
+        n, start, most = self.config.images_per_rollout, 0, 0
+        for size in self.update_rows:
+            before = min(size, -start % n)  # of trajectories that another update has begun with
+            whole, after = divmod(size - before, n)
+            most = max(most, whole * self.share + min(before, self.share) + min(after, self.share))
+            start += size
+        return most
 
     @property
     def share(self) -> int:
@@ -98,28 +110,50 @@ class Batches:
 
     @property
     def rollout(self) -> int:
-        """Trajectories in a micro-batch of a rollout."""
-        return min(self.config.memory.rollout_batch, self.share)
+        """Rows of every call of the network in a rollout: fewer trajectories are filled up with copies."""
+        return self._shapes[0]
 
     @property
     def update(self) -> int:
-        """Rows in a micro-batch of an update."""
-        return min(self.config.memory.update_batch, self.rows_of_rank)
+        """Rows of every call of the network in an update: smaller micro-batches are filled up with copies."""
+        return self._shapes[1]
 
     @property
     def vae(self) -> int:
         """Pictures in a micro-batch of the VAE."""
-        return min(self.config.memory.vae_batch, self.rollout)
+        return min(self.config.memory.vae_batch, self.rollout, self.share)
 
     @property
     def micro_batches(self) -> int:
-        """Micro-batches of the largest update, where its rows are shared out evenly."""
-        return -(-self.largest_update // (self.update * self.world))
+        """Micro-batches of the largest update."""
+        return -(-self.rows_of_rank // self.update)
 
-    def calls(self, eval_prompts: int) -> list[int]:
-        """Return the rows of the denoiser's largest calls in rollouts, in evaluations of so many prompts, and in updates."""
-        evaluated = -(-eval_prompts * self.config.eval.images_per_prompt // self.world)
-        return [self.rollout, min(self.config.memory.rollout_batch, evaluated), self.update]
+    @cached_property
+    def _shapes(self) -> tuple[int, int]:
+        """Of rollouts and of updates: what is configured at most, evened out, so that few rows are filled up.
+
+        A row's bits depend on the rows of its call. Where both batches are configured the same, both get one shape, so that
+        ratios start at exactly 1: in half precision always, in float32 where it costs little.
+        """
+        memory = self.config.memory
+        own = evened(self.share, memory.rollout_batch), evened(self.rows_of_rank, memory.update_batch)
+        if memory.rollout_batch != memory.update_batch:
+            return own
+        sizes = range(min(memory.update_batch, max(own)), 0, -1)
+        one = min(((size, size) for size in sizes), key=self._work)
+        allowed = self._work(own) * (1 + ONE_SHAPE_MAY_COST)
+        return one if self.config.model.dtype != "fp32" or self._work(one) <= allowed else own
+
+    def _work(self, shapes: tuple[int, int]) -> int:
+        """What an iteration costs on one rank, in rows of a forward; a backward costs two."""
+        rollout, update = (size + CALL_ROWS for size in shapes)
+        calls = -(-self.share // shapes[0]), -(-self.rows_of_rank // shapes[1])
+        return self.config.sampling.steps * calls[0] * rollout + 3 * self.config.updates_per_rollout * calls[1] * update
+
+
+def evened(rows: int, most: int) -> int:
+    """Return the size of the fewest batches of at most ``most`` rows, as even as they can be."""
+    return -(-rows // -(-rows // most))
 
 
 @dataclass(frozen=True, eq=False)

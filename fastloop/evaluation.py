@@ -87,6 +87,7 @@ def evaluate(
     """
     m = config.eval.images_per_prompt
     repeated = [prompt for prompt in prompts for _ in range(m)]
+    share = len(ranks.padded(len(repeated)))
     table = sampler_table(config.model, config.sampling, config.eval.steps)
     sampled = scored_rollout(
         denoiser,
@@ -99,7 +100,8 @@ def evaluate(
         leave=leave,
         sampling=config.sampling,
         seed=EVAL_STREAM | config.eval.seed,
-        batch=config.memory.rollout_batch,
+        batch=min(config.memory.rollout_batch, share),
+        fill=denoiser.compiled,
         vae_batch=config.memory.vae_batch,
         backend=config.kernels,
         keep="none",

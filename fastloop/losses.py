@@ -12,19 +12,20 @@ from fastloop.objectives import OBJECTIVES, gaussian_kl
 
 
 def micro_batch_loss(
-    denoiser, ops: ModuleType, config: Config, batch: MicroBatch, cond, uncond
+    denoiser, ops: ModuleType, config: Config, batch: MicroBatch, cond, uncond, full: int = 0
 ) -> tuple[PolicyTerms, torch.Tensor, dict[str, torch.Tensor]]:
     """Compute the loss of each row, float32 (B,), with its gradient.
 
     Args:
-        ops: what `kernels.backend` gives. cond, uncond: of the rows' prompts, as `Denoiser.encode` gives them.
+        ops: what `kernels.backend` gives. cond, uncond: of the rows' prompts, as `Denoiser.encode` gives them. full: rows that
+            the network computes at least, as for `Denoiser.predict`.
 
     Returns:
         The objective's terms; the whole loss, with KL and weight; and what else is logged of each row, by name.
     """
 
     def predict(latents: torch.Tensor, timesteps: torch.Tensor):
-        return denoiser.predict(latents, timesteps, cond, uncond)
+        return denoiser.predict(latents, timesteps, cond, uncond, full)
 
     terms, outputs = OBJECTIVES[config.objective].terms(ops, predict, batch, config)
     loss, logged = terms.loss, {}

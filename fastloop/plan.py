@@ -56,18 +56,24 @@ def derived_lines(batches: Batches) -> list[str]:
         f"algorithm    {config.algorithm}: advantage {config.advantage}, objective {config.objective}",
         *([f"engine       {_engine_text(config)}"] if config.engine.name == "deepspeed" else []),
         f"rollout      {config.prompts_per_step} prompts x {config.images_per_prompt} images = {n} trajectories of "
-        f"{config.sampling.steps} steps, at most {min(config.memory.rollout_batch, n)} at a time",
+        f"{config.sampling.steps} steps, {batches.rollout} at a time"
+        f"{_copies(batches.share, batches.rollout)}",
         f"pairs        {n} trajectories x {kept} of {len(batches.steps)} trainable steps = {batches.rows} a pass, "
         f"{config.passes_per_rollout} pass{'es' if config.passes_per_rollout > 1 else ''}",
         f"updates      {config.updates_per_rollout} optimizer steps of "
         f"{' or '.join(map(str, sorted(set(batches.update_rows))))} pairs, each in "
-        f"{micro} micro-batch{'es' if micro > 1 else ''} of at most "
-        f"{min(config.memory.update_batch, batches.largest_update)}",
+        f"{micro} micro-batch{'es' if micro > 1 else ''} of {batches.update}{_copies(batches.rows_of_rank, batches.update)}",
         f"work         per image: {rollout_forwards} UNet forwards in the rollout, {update_forwards} forwards and backwards "
         f"in the updates",
         f"in all       {config.iterations} iterations, {config.iterations * n:,} images, "
         f"{config.iterations * config.updates_per_rollout:,} optimizer steps",
     ]
+
+
+def _copies(rows: int, size: int) -> str:
+    """Say how many rows of the last call are copies, on one rank."""
+    copies = -rows % size
+    return f", the last filled up with {copies} cop{'ies' if copies > 1 else 'y'}" if copies else ""
 
 
 def _engine_text(config: Config) -> str:
@@ -94,16 +100,17 @@ def prompts_line(prompts: list[Prompt], eval_prompts: list[Prompt]) -> str:
 
 
 def time_lines(batches: Batches, it_per_s: float) -> list[str]:
-    """Estimate the seconds of an iteration in the UNet, from its forwards a second at batch 1.
+    """Estimate the seconds of an iteration in the UNet, from its forwards a second at batch 1; copies count too.
 
     A backward costs two forwards, or one where only adapters are trained, since the frozen weights get no gradients;
     checkpointing adds the forward that is done again. Rewards, decoding and the optimizer are not in it.
     """
-    config, n, kept, ranks = batches.config, batches.config.images_per_rollout, batches.kept, batches.world
+    config, n = batches.config, batches.config.images_per_rollout
     branches = 1 if config.sampling.guidance_scale == 1 else 2
     backward = (1 if config.model.adapter == "lora" else 2) + (1 if config.memory.gradient_checkpointing else 0)
-    rollout = n * config.sampling.steps * branches / (it_per_s * ranks)
-    update = n * kept * config.passes_per_rollout * branches * (1 + backward) / (it_per_s * ranks)
+    sampled, trained = -(-batches.share // batches.rollout) * batches.rollout, batches.micro_batches * batches.update
+    rollout = sampled * config.sampling.steps * branches / it_per_s
+    update = trained * config.updates_per_rollout * branches * (1 + backward) / it_per_s
     if config.kl.weight:
         update *= (2 + backward) / (1 + backward)
     return [

@@ -142,6 +142,7 @@ def rollout(
     batch: int,
     vae_batch: int,
     backend: str,
+    fill: bool = False,
     keep: Literal["all", "final", "none"] = "all",
     trajectories_on: str = "device",
     on_images: Callable[[int, np.ndarray], None] = lambda start, images: None,
@@ -149,6 +150,7 @@ def rollout(
 ) -> Trajectories:
     """Sample one trajectory for each prompt and number, ``batch`` at a time. The host waits for the device once a batch.
 
+    ``fill`` says whether the network computes ``batch`` rows where there are fewer trajectories, as updates will.
     ``keep`` says which latents are kept: those of all steps, the final ones, or none. ``trajectories_on`` is
     ``memory.trajectories``: with ``host`` the latents are copied beside the work, into pinned memory.
     ``on_images(start, images)`` is called as soon as a batch is decoded, so that rewards run beside the next one;
@@ -175,7 +177,7 @@ def rollout(
         if keep == "all":
             latents[0, chunk].copy_(x, non_blocking=True)
         for step in range(len(table)):
-            outputs = denoiser.predict(x, timesteps[step].expand(n), cond, uncond)
+            outputs = denoiser.predict(x, timesteps[step].expand(n), cond, uncond, batch if fill else 0)
             coefficients = (column[step].expand(n) for column in (a, b, sigma))
             x, log_probs[step, chunk] = ops.sample_transition(
                 *outputs, x, *coefficients, sampling.guidance_scale, seed, number, step

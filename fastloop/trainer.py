@@ -89,7 +89,7 @@ class Trainer:
         saved = load_checkpoint(checkpoint, bool(config.ema.decay)) if checkpoint else None
         if saved:
             load_weights(self.parameters, saved[0])
-        batches = Batches(config, self.steps_trained, ranks.world)
+        self.batches = batches = Batches(config, self.steps_trained, ranks.world)
         if config.engine.name == "deepspeed":
             parts = self.denoiser.trained_parts
             self.engine = DeepSpeedEngine(parts, self.parameters, config, self.device, ranks, batches)
@@ -97,7 +97,7 @@ class Trainer:
             self.engine = TorchEngine(self.parameters, config, self.device)
         self.denoiser.forward = self.engine.forward
         if config.model.compile:
-            self.denoiser.compile(batches.calls(len(self.eval_prompts)))
+            self.denoiser.compile()
         self.ema = None
         if config.ema.decay:
             with self.engine.gathered(list(self.parameters.values())):
@@ -200,7 +200,8 @@ class Trainer:
                 leave=self._leave_if_asked,  # nothing has changed yet
                 sampling=config.sampling,
                 seed=config.seed,
-                batch=config.memory.rollout_batch,
+                batch=self.batches.rollout,
+                fill=True,
                 vae_batch=config.memory.vae_batch,
                 keep="all" if OBJECTIVES[config.objective].stored_steps else "final",
                 trajectories_on=config.memory.trajectories,

@@ -10,7 +10,7 @@ import torch
 from tqdm import tqdm
 
 from fastloop import kernels
-from fastloop.batches import Rows, micro_batches, shuffled, step_weights
+from fastloop.batches import Batches, Rows, micro_batches, shuffled, step_weights
 from fastloop.config import Config
 from fastloop.errors import RunFailed
 from fastloop.kernels.reference import STATISTICS, MicroBatch, PolicyTerms
@@ -52,7 +52,7 @@ class PolicyUpdate:
         self.ranks, self.ema, self.observer = ranks, ema, observer
         self.device = denoiser.device
         self.ops = kernels.backend(config.kernels, self.device)
-        self.rows = Rows.of(config.images_per_rollout, steps)
+        self.rows, self.batches = Rows.of(config.images_per_rollout, steps), Batches(config, steps, ranks.world)
         self.skipped = 0
         columns = (table.a, table.b, table.sigma, step_weights(table, steps, config))
         self._columns = [column.float().to(self.device) for column in columns]
@@ -99,7 +99,7 @@ class PolicyUpdate:
                 update = rows[teaches[rows]]
                 if len(update) == 0:
                     continue
-                batches = micro_batches(update, self.rows, self.ranks, config.images_per_rollout, config.memory.update_batch)
+                batches = micro_batches(update, self.rows, self.ranks, config.images_per_rollout, self.batches.update)
                 seen = self.add_gradients(batches, len(rows), transitions, own, text, bar)
                 found.append(self._of_ranks(dict(zip(names, seen.cpu().double().numpy().T, strict=True))))
                 ran.append(len(update))
@@ -148,9 +148,12 @@ class PolicyUpdate:
         return torch.stack(seen)
 
     def loss(
-        self, transitions: Transitions, advantages: torch.Tensor, rows: torch.Tensor, text: Texts
+        self, transitions: Transitions, advantages: torch.Tensor, rows: torch.Tensor, text: Texts, full: int | None = None
     ) -> tuple[PolicyTerms, torch.Tensor, dict[str, torch.Tensor]]:
-        """Compute `micro_batch_loss` of rows (int64 (B,), on the host) of ``transitions``."""
+        """Compute `micro_batch_loss` of rows (int64 (B,), on the host) of ``transitions``.
+
+        ``full``: rows of the network's call; ``None``: as in all calls of an update.
+        """
         at = transitions.at(rows)
         x_t, x_prev = transitions.latents(at)
         a, b, sigma, weight = (column[at.step] for column in self._columns)
@@ -167,7 +170,7 @@ class PolicyUpdate:
             timestep=self._timesteps[at.step],
             weight=weight,
         )
-        return micro_batch_loss(self.denoiser, self.ops, self.config, batch, *text.of(at))
+        return micro_batch_loss(self.denoiser, self.ops, self.config, batch, *text.of(at), full or self.batches.update)
 
     def check_replay(self, trajectories: Trajectories) -> float:
         """Replay the first rollout batch of each rank as it was sampled: every ratio must be 1. Returns max |ratio - 1|.
@@ -177,15 +180,16 @@ class PolicyUpdate:
         Raises:
             RunFailed: a ratio is further from 1 than ``safety.max_ratio_dev``, or outputs are not finite.
         """
-        n = min(self.config.memory.rollout_batch, len(trajectories.prompts))
+        full = self.batches.rollout
+        n = min(full, len(trajectories.prompts))
         text = Texts(self.denoiser, trajectories.prompts[:n], self.config.sampling)
         transitions, worst = trajectories.transitions(self.steps), 0.0
         zeros = torch.zeros(len(transitions), device=self.device)
-        gradients = nullcontext() if n <= self.config.memory.update_batch else torch.no_grad()
+        gradients = nullcontext() if full <= self.config.memory.update_batch else torch.no_grad()
         with self.observer.phase("replay"), gradients:
             for step in sorted({0, len(self.steps) - 1}):
                 rows = torch.arange(n) * len(self.steps) + step
-                ratio = self.loss(transitions, zeros, rows, text)[0].ratio  # and nothing of the graph
+                ratio = self.loss(transitions, zeros, rows, text, full=full)[0].ratio  # and nothing of the graph
                 worst = max(worst, (ratio - 1).abs().nan_to_num(math.inf).max().item())
         worst = float(self.ranks.gather(np.array(worst)).max())
         bound = self.config.safety.max_ratio_dev

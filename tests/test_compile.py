@@ -71,7 +71,7 @@ def test_flash_attention_is_the_only_one_and_gives_the_same_outputs_and_gradient
 
 
 def test_a_smaller_batch_is_filled_up_and_gives_its_own_outputs_and_gradients(make_config):
-    """Here nothing is compiled: what is tested is that the rows which fill it leave no trace."""
+    """The rows that fill it leave no trace."""
     config = make_config(model={"adapter": "full"})
     denoiser = load_denoiser(config.model, CPU)
     denoiser.train_adapter(False, seed=0)
@@ -79,15 +79,13 @@ def test_a_smaller_batch_is_filled_up_and_gives_its_own_outputs_and_gradients(ma
     text, seen = denoiser.encode(["a cat", "a dog", "a bee"], config.sampling), []
     denoiser.network.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
 
-    def compute():
+    def compute(full: int):
         denoiser.network.zero_grad()
-        outputs = denoiser.predict(x, t, *text)
+        outputs = denoiser.predict(x, t, *text, full)
         sum(output.square().sum() for output in outputs).backward()
         return [*outputs, *(p.grad.clone() for p in denoiser.trainable().values())]
 
-    expected = compute()
-    denoiser._compiled_batches = [2, 5, 8]
-    found = compute()
+    expected, found = compute(2), compute(5)
     assert seen == [6, 10]  # with guidance
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
@@ -174,7 +172,7 @@ def test_compiled_half_precision_rounds_alike_with_gradients_and_without(make_co
     denoiser = load_denoiser(config.model, CPU)
     denoiser.train_adapter(False, seed=0)
     forget()
-    denoiser.compile([4])
+    denoiser.compile()
     x, t = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([10, 300, 500, 900])
     text = denoiser.encode(["a cat", "a dog", "a bee", "a fox"], config.sampling)
     with_gradients = denoiser.predict(x, t, *text)[0]
@@ -196,7 +194,7 @@ def test_a_unet_of_many_widths_is_compiled_in_all_its_blocks(make_config, tmp_pa
     config = make_config(model={"path": path, "adapter": "full", "compile": "regional"})
     denoiser = load_denoiser(config.model, CPU)
     forget()
-    denoiser.compile([1, 2, 3])
+    denoiser.compile()
     text = denoiser.encode(["a cat"] * 3, config.sampling)
     with torch.no_grad(), torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
         for n in (1, 2, 3):

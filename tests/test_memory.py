@@ -184,12 +184,12 @@ def test_an_updates_micro_batches_do_not_wait_for_the_device(make_config, place,
     denoiser._embeddings = {text: denoiser.blank_embedding() for text in ("a cat", None)}
     text = Texts(denoiser, trajectories.prompts, config.sampling)
     order = shuffled(np.random.default_rng(0), update.rows, 1.0)
-    batches = micro_batches(order, update.rows, trainer.ranks, n, config.memory.update_batch)
+    batches = micro_batches(order, update.rows, trainer.ranks, n, trainer.batches.update)
     transitions = trajectories.transitions(trainer.steps_trained)
     crossings = Crossings()
     with crossings:
         seen = update.add_gradients(batches, len(order), transitions, torch.zeros(len(order), device=META), text)
-    assert seen.device == META and len(seen) == len(batches) == 5
+    assert seen.device == META and len(seen) == len(batches) == 6
     assert all(p.grad is not None and p.grad.device == META for p in denoiser.trainable().values())
     # of each micro-batch the pairs go up, and with trajectories on the host their two latents: pinned, by `upload`
     assert crossings.found == ["aten._to_copy.default"] * len(batches) * (1 if place == META else 3)

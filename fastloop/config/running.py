@@ -19,12 +19,12 @@ class MemoryConfig(Strict):
     )
     rollout_batch: Positive | None = Field(
         64,
-        description="trajectories per call of the UNet while sampling, images per call of a reward; "
+        description="trajectories per call of the UNet while sampling, images per call of a reward, at most; "
         "`auto` or null: the most that fit into the free memory",
     )
     update_batch: Positive | None = Field(
         64,
-        description="(trajectory, timestep) pairs per forward and backward; "
+        description="(trajectory, timestep) pairs per forward and backward, at most; "
         "`auto` or null: the most that fit into the free memory",
     )
     vae_batch: Positive | None = Field(

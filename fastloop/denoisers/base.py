@@ -5,7 +5,7 @@ Only safetensors are read. The model's own dtype is ``model.dtype``; what goes i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -62,7 +62,7 @@ class Denoiser(Adapters, Residence, Export):
         self.scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
         self.forward: Callable[..., Any] | None = None  # an engine's own way to call the network
         self._embeddings: dict[str | None, tuple[torch.Tensor, ...]] = {}
-        self._compiled_batches: list[int] = []
+        self.compiled = False
         self.observer = UNOBSERVED
         for module in self.parts.values():
             module.requires_grad_(False).to(device).eval()  # eval: no dropout, so that ratios start at 1
@@ -204,13 +204,12 @@ class Denoiser(Adapters, Residence, Export):
         _, height, width = self.latent_shape(sampling.height, sampling.width)
         return height * self.scale_factor, width * self.scale_factor
 
-    def compile(self, batches: Iterable[int]) -> None:
+    def compile(self) -> None:
         """Compile the network, or its transformer blocks, in place; names and saved weights stay as they are.
 
-        Compiled code is for one shape. So `predict` fills a smaller micro-batch up to the next of these sizes with copies of
-        its last row, and drops what comes of them: nothing is compiled again for the last batch of a rollout or an update.
+        Compiled code is for one shape: `predict` must be told to fill up what is smaller.
         """
-        self._compiled_batches = sorted(set(batches))
+        self.compiled = True
         # One code for each width and size of a block, micro-batch, and with and without gradients or adapters: 22 in a run
         # of SD's four widths. After 8 PyTorch would go on uncompiled, with no more than a warning.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_COMPILED)
@@ -260,15 +259,15 @@ class Denoiser(Adapters, Residence, Export):
         return upload(ids, self.device)
 
     def predict(
-        self, latents: torch.Tensor, timesteps: torch.Tensor, cond, uncond
+        self, latents: torch.Tensor, timesteps: torch.Tensor, cond, uncond, full: int = 0
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return the network's outputs for prompts and, with guidance, for the negative prompt; both in one forward.
 
         Args:
-            latents: float32 (n, C, H, W). timesteps: int64 (n,). cond, uncond: of n rows, as from `encode`.
+            latents: float32 (n, C, H, W). timesteps: int64 (n,). cond, uncond: of n rows, as from `encode`. full: rows that
+                the network computes at least: copies of the last one are added, and what comes of them is dropped.
         """
         dtype, n = DTYPES[self.config.dtype], len(latents)
-        full = next((size for size in self._compiled_batches if size >= n), n)
         if full > n:
             rows = torch.arange(full, device=latents.device).clamp(max=n - 1)
             latents, timesteps, cond = latents[rows], timesteps[rows], cond[rows]

@@ -59,7 +59,7 @@ def test_neither_the_denoising_loop_nor_the_micro_batches_wait_for_the_gpu(make_
     text = Texts(trainer.denoiser, trajectories.prompts, config.sampling)
     rows = trainer.update.rows
     order = shuffled(np.random.default_rng(0), rows, 1.0)
-    batches = micro_batches(order, rows, trainer.ranks, n, config.memory.update_batch)
+    batches = micro_batches(order, rows, trainer.ranks, n, trainer.batches.update)
     transitions = trajectories.transitions(trainer.steps_trained)
     advantages = torch.zeros(len(transitions), device=trainer.device)
     trainer.update.add_gradients(batches, len(order), transitions, advantages, text)
