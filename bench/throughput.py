@@ -3,12 +3,14 @@
     python bench/throughput.py [--models shapes,sd15] [--adapters lora,full] [--peer-python peer/bin/python] [--scale]
 
 Systems: `baseline` is bench/baseline_ppo.py, eager PyTorch; `reference` is fastloop with its PyTorch kernels; `fastloop` has
-the kernels of the machine; `compile` adds model.compile; `trl` is TRL 0.23.1's DDPOTrainer in an environment of its own
-(bench/peer_trl.py says how to make it). All do `algorithm: ppo` on the same model, prompts, steps, guidance, images, updates,
-batch sizes and LoRA rank. Models beside the bundled one are full-size architectures with random weights, without downloads.
+the kernels of the machine; `compile` and `regional` add model.compile=true and regional; `trl` is TRL 0.23.1's DDPOTrainer in
+an environment of its own (bench/peer_trl.py says how to make it). All do `algorithm: ppo` on the same model, prompts, steps,
+guidance, images, updates, batch sizes and LoRA rank. Models beside the bundled one are full-size architectures with random
+weights, without downloads.
 
 - An iteration is all that a trainer does between two rollouts: text encoding, sampling, decoding, rewards, updates, metrics.
-  Checkpoints and evaluations are left out. The first one of every process is not counted.
+  Checkpoints and evaluations are left out. The first one of every process is not counted, but in a column of its own: what it
+  takes longer is compilation, with what is in torch.compile's cache (TORCHINDUCTOR_CACHE_DIR) left out.
 - Each system is a process of its own. On a CPU all are alive and take turns, an iteration each; on a GPU they are started one
   after the other, in `--repeats` rounds. Medians, with the smallest and largest value beside them; `x baseline` is the median
   of the ratios within a round.
@@ -67,7 +69,7 @@ def measure(model: str, adapter: str, systems: list[str], args: argparse.Namespa
                 command = command_of(system, model, adapter, overrides, folder, args)
                 worker = Worker(system, command, folder / f"{system}.log", args.threads)
                 stack.callback(worker.close)
-                worker.iterate()  # not counted
+                rows[system].setdefault("first_seconds", worker.iterate()["seconds"])
                 return worker
             except (UserError, RuntimeError) as error:
                 rows[system]["problem"] = str(error)
@@ -220,7 +222,7 @@ def title(case: dict) -> str:
 
 def table(case: dict) -> str:
     head = ["system", "images/s", "x baseline", "by CPU seconds", *(f"{name} s" for name in PHASES)]
-    head += ["rollout TFLOP/s", "update TFLOP/s", "peak memory"]
+    head += ["rollout TFLOP/s", "update TFLOP/s", "peak memory", "first iteration s"]
     lines = []
     for row in case["rows"]:
         if row["problem"]:
@@ -237,6 +239,7 @@ def table(case: dict) -> str:
                 *(f"{row['phases'][name]:.2f}" for name in PHASES),
                 *rates,
                 f"{row['peak_bytes'] / 2**30:.2f} GiB",
+                f"{row['first_seconds']:.1f}",
             ]
         )
     return markdown(head, lines)

@@ -25,6 +25,7 @@ SYSTEMS = {  # name: overrides of fastloop's configuration; None: another traine
     "reference": ["kernels=reference"],
     "fastloop": [],
     "compile": ["model.compile=true"],
+    "regional": ["model.compile=regional"],
     "trl": None,
 }
 COMMON = {

@@ -134,6 +134,8 @@ def _train_on(ranks, args: argparse.Namespace) -> int:
     if ranks.main:
         print(prompts_line(trainer.prompts.prompts, trainer.eval_prompts))
         print("\n".join(derived_lines(Batches(trainer.config, trainer.steps_trained, ranks.world))))
+        if trainer.compiling:
+            print(trainer.compiling)
         if trainer.iteration:
             print(f"resuming after iteration {trainer.iteration}")
         if trainer.not_carried_over:

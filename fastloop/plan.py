@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from fastloop.batches import Batches
+from fastloop.compiling import planned_line
 from fastloop.config import Config
 from fastloop.denoisers.base import Denoiser
 from fastloop.errors import UserError
 from fastloop.memory.estimates import MemoryNeeds, memory_needs
 from fastloop.memory.traces import Traced
-from fastloop.preflight import Checked, distinct_texts, preflight
+from fastloop.preflight import Checked, compile_problem, distinct_texts, preflight
 from fastloop.prompts import Prompt, prompt_facts
 
 
@@ -30,6 +31,10 @@ def plan(config: Config, ranks: int = 1, gpu: bool = False, it_per_s: float | No
     checked.eval_rewards.close()
     lines = overview(checked, ranks)
     lines += [] if it_per_s is None else time_lines(checked.batches(ranks), it_per_s)
+    if config.model.compile == "auto":
+        seconds = None if it_per_s is None else sum(network_seconds(checked.batches(ranks), it_per_s))
+        problem = None if gpu else compile_problem(config, checked.device)
+        lines.append(planned_line(config, checked.batches(ranks), checked.skeleton, problem, seconds))
     lines += ["", *_parameter_lines(config, checked.skeleton)]
     return lines + _memory_lines(config, checked, ranks, gpu or checked.device.type == "cuda")
 
@@ -99,13 +104,13 @@ def prompts_line(prompts: list[Prompt], eval_prompts: list[Prompt]) -> str:
     return f"{line}, {which} training prompts too: the score is not held out (set eval.prompts.source to others)"
 
 
-def time_lines(batches: Batches, it_per_s: float) -> list[str]:
-    """Estimate the seconds of an iteration in the UNet, from its forwards a second at batch 1; copies count too.
+def network_seconds(batches: Batches, it_per_s: float) -> tuple[float, float]:
+    """Estimate the seconds of rollout and updates in the UNet, from its forwards a second at batch 1; copies count too.
 
     A backward costs two forwards, or one where only adapters are trained, since the frozen weights get no gradients;
     checkpointing adds the forward that is done again. Rewards, decoding and the optimizer are not in it.
     """
-    config, n = batches.config, batches.config.images_per_rollout
+    config = batches.config
     branches = 1 if config.sampling.guidance_scale == 1 else 2
     backward = (1 if config.model.adapter == "lora" else 2) + (1 if config.memory.gradient_checkpointing else 0)
     sampled, trained = -(-batches.share // batches.rollout) * batches.rollout, batches.micro_batches * batches.update
@@ -113,6 +118,13 @@ def time_lines(batches: Batches, it_per_s: float) -> list[str]:
     update = trained * config.updates_per_rollout * branches * (1 + backward) / it_per_s
     if config.kl.weight:
         update *= (2 + backward) / (1 + backward)
+    return rollout, update
+
+
+def time_lines(batches: Batches, it_per_s: float) -> list[str]:
+    """Write what `network_seconds` estimates, and what follows for the run."""
+    config, n = batches.config, batches.config.images_per_rollout
+    rollout, update = network_seconds(batches, it_per_s)
     return [
         f"time         at {it_per_s:g} forwards/s: {rollout:.1f} s rollout + {update:.1f} s update = {rollout + update:.1f} s "
         f"an iteration, {n / (rollout + update):.3g} images/s, {config.iterations * (rollout + update) / 3600:.1f} h in all"

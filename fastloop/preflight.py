@@ -14,6 +14,7 @@ import torch
 
 from fastloop import kernels
 from fastloop.batches import Batches, trained_steps
+from fastloop.compiling import with_compile
 from fastloop.config import Config, MemoryConfig
 from fastloop.denoisers import build_skeleton
 from fastloop.denoisers.base import Denoiser
@@ -70,13 +71,13 @@ def check_device(config: Config, local_rank: int = 0) -> torch.device:
         raise UserError(str(error)) from None
     if config.model.attention == "flash" and (problem := flash_problem(config.model.dtype, device)):
         raise UserError(f"model.attention: {problem}; or set model.attention=sdpa")
-    if config.model.compile and (problem := _compile_problem(config, device)):
+    if config.model.compile not in (False, "auto") and (problem := compile_problem(config, device)):
         raise UserError(f"model.compile: {problem}; or set model.compile=false")
     return device
 
 
-def _compile_problem(config: Config, device: torch.device) -> str | None:
-    """Why a configuration cannot have its UNet compiled, with the remedy."""
+def compile_problem(config: Config, device: torch.device) -> str | None:
+    """Say why a configuration cannot have its UNet compiled, with the remedy; ``None`` where it can."""
     if config.engine.zero_stage == 3:
         return "engine.zero_stage=3 gathers weights in hooks, which compiled code leaves out: set zero_stage=2"
     if config.model.attention == "xformers":
@@ -88,7 +89,8 @@ def preflight(config: Config, ranks: Ranks = ALONE, resume: bool = False, gpu: b
     """Refuse what can be refused before the model loads, and choose batches by the free memory where they are ``auto``.
 
     Args:
-        resume: whether a run may be in the folder, whose batches are then kept. gpu: as for `plan`.
+        resume: whether a run may be in the folder, whose batches and whose ``model.compile`` are then kept where they are
+            ``auto``. gpu: as for `plan`.
 
     Raises:
         UserError: whatever in the configuration does not fit the machine, the ranks, the files or the model.
@@ -110,11 +112,14 @@ def preflight(config: Config, ranks: Ranks = ALONE, resume: bool = False, gpu: b
     if config.eval.steps is not None:
         sampler_table(config.model, config.sampling, config.eval.steps)
     steps_trained = trained_steps(table, config)
+    earlier = _earlier(config, ranks) if resume else None
+    if config.model.compile == "auto" and earlier and earlier.model.compile != "auto":
+        config = with_compile(config, earlier.model.compile if compile_problem(config, device) is None else False)
     skeleton = build_skeleton(config.model)
     size = skeleton.image_size(config.sampling)
     skeleton.train_adapter(config.memory.gradient_checkpointing, seed=config.seed)
     texts = distinct_texts(config, prompts, eval_prompts)
-    config, chosen, traced = _settle(config, skeleton, steps_trained, texts, device, ranks, resume, gpu)
+    config, chosen, traced = _settle(config, skeleton, steps_trained, texts, device, ranks, earlier, gpu)
     if config.engine.name == "deepspeed":
         deepspeed_settings(Batches(config, steps_trained, ranks.world), 1)
     own = config.eval.rewards
@@ -136,7 +141,15 @@ def preflight(config: Config, ranks: Ranks = ALONE, resume: bool = False, gpu: b
     )
 
 
-def _settle(config: Config, skeleton: Denoiser, steps_trained, texts: int, device, ranks: Ranks, resume: bool, gpu: bool):
+def _earlier(config: Config, ranks: Ranks) -> Config | None:
+    """The configuration of the run that is resumed, if there is one and something of it is to be kept."""
+    path = Path(config.output_dir).expanduser() / "config.yaml"
+    if not config.memory.automatic and config.model.compile != "auto":
+        return None
+    return ranks.from_main(lambda: load_config(path) if path.exists() else None)
+
+
+def _settle(config: Config, skeleton: Denoiser, steps_trained, texts: int, device, ranks: Ranks, earlier, gpu: bool):
     """The configuration with numbers for batches that are ``auto``: those of the run that is resumed, else those that fit.
 
     Returns:
@@ -144,10 +157,6 @@ def _settle(config: Config, skeleton: Denoiser, steps_trained, texts: int, devic
     """
     if not config.memory.automatic:
         return config, None, None
-    folder = Path(config.output_dir).expanduser()
-    earlier = ranks.from_main(
-        lambda: load_config(folder / "config.yaml") if resume and (folder / "config.yaml").exists() else None
-    )
     if earlier and not earlier.memory.automatic:
         kept = {name: getattr(earlier.memory, name) for name in config.memory.automatic}
         return config.model_copy(update={"memory": config.memory.model_copy(update=kept)}), None, None

@@ -19,6 +19,7 @@ from fastloop.advantages import ADVANTAGES, finish
 from fastloop.alarms import ALARMS, Alarms
 from fastloop.batches import Batches
 from fastloop.checkpoints import load_checkpoint, load_weights, save_checkpoint
+from fastloop.compiling import decide
 from fastloop.config import Config
 from fastloop.denoisers import ready_denoiser
 from fastloop.engines.deepspeed import DeepSpeedEngine
@@ -30,7 +31,7 @@ from fastloop.metrics import image_statistics, reward_metrics
 from fastloop.objectives import OBJECTIVES
 from fastloop.observer import UNOBSERVED, Observer
 from fastloop.optimizers import Ema, holding
-from fastloop.preflight import confirm, preflight
+from fastloop.preflight import compile_problem, confirm, preflight
 from fastloop.prompts import PromptStream, prompt_facts, score_name
 from fastloop.ranks import ALONE, Ranks
 from fastloop.records import Pace, save_samples
@@ -96,7 +97,12 @@ class Trainer:
         else:
             self.engine = TorchEngine(self.parameters, config, self.device)
         self.denoiser.forward = self.engine.forward
-        if config.model.compile:
+        self.compiling = None  # what was decided of it, in a line
+        if config.model.compile == "auto":
+            problem = compile_problem(config, self.device)
+            self.config, self.compiling = config, _ = decide(self.denoiser, config, batches, problem)
+            ranks.from_main(lambda: rewrite_config(self.folder, config))
+        elif config.model.compile:
             self.denoiser.compile()
         self.ema = None
         if config.ema.decay:

@@ -66,8 +66,10 @@ class ModelConfig(Strict):
         description="attention backend; sdpa: PyTorch's flash, memory-efficient or plain one, the first that can; "
         "flash: its flash backend alone",
     )
-    compile: bool | Literal["regional"] = Field(
-        False, description="`torch.compile` of the whole UNet; regional: of its transformer blocks, which compiles much faster"
+    compile: bool | Literal["regional", "auto"] = Field(
+        False,
+        description="`torch.compile` of the whole UNet; regional: of its transformer blocks, which compiles much faster; "
+        "auto: regional where the planned iterations pay for it",
     )
     vae: VaeConfig = Field(VaeConfig(), description="how latents become pictures")
 

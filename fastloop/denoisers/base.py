@@ -216,8 +216,14 @@ class Denoiser(Adapters, Residence, Export):
         # In half precision every operator rounds, as in eager code: fused ones leave roundings out, and not the same ones
         # with gradients as without, which alone would move ratios past the clip range.
         options = None if self.config.dtype == "fp32" else {"emulate_precision_casts": True}
-        compile_ = self.network.compile_repeated_blocks if self.config.compile == "regional" else self.network.compile
+        compile_ = self.network.compile if self.config.compile is True else self.network.compile_repeated_blocks
         compile_(dynamic=False, options=options)
+
+    def uncompile(self) -> None:
+        """Take back what `compile` did."""
+        self.compiled = False
+        for module in self.network.modules():
+            module._compiled_call_impl = None
 
     # --- texts and predictions -------------------------------------------------------------------------------------------
 
