@@ -89,11 +89,12 @@ class Case:
         return ("forward", "backward", "both") if "backward" in TRAFFIC[self.operator] else ("forward",)
 
 
-def step_case(operator: str, model: str, shape: tuple[int, int, int], batch: int) -> Case:
+def step_case(operator: str, model: str, shape: tuple[int, int, int], batch: int, last: bool = True) -> Case:
     def inputs(device: torch.device) -> dict:
         g = torch.Generator(device).manual_seed(0)
         cond, uncond, x_t, noise = (torch.randn(batch, *shape, generator=g, device=device) for _ in range(4))
-        cond, uncond = cond.bfloat16(), uncond.bfloat16()
+        layout = torch.channels_last if last else torch.contiguous_format  # a UNet's outputs are channels_last
+        cond, uncond = (output.bfloat16().contiguous(memory_format=layout) for output in (cond, uncond))
         a, b, sigma = (torch.full((batch,), value, device=device) for value in (1.01, -0.05, 0.02))
         step = dict(cond=cond, uncond=uncond, x_t=x_t, a=a, b=b, sigma=sigma, guidance=5.0)
         if operator == "sample_transition":
@@ -107,7 +108,8 @@ def step_case(operator: str, model: str, shape: tuple[int, int, int], batch: int
         advantage = 1.0 - 2.0 * (torch.arange(batch, device=device) % 2)
         return step | dict(x_prev=x_prev, log_prob_old=log_prob_old, advantage=advantage, clip_range=1e-2)
 
-    return Case(operator, f"{model} {'x'.join(map(str, shape))}, batch {batch}", batch * math.prod(shape), inputs)
+    size = f"{model} {'x'.join(map(str, shape))}, batch {batch}{', NHWC' if last else ''}"
+    return Case(operator, size, batch * math.prod(shape), inputs)
 
 
 def norm_case(model: str, channels: int, side: int, batch: int, last: bool = False, trained: bool = False) -> Case:
@@ -140,9 +142,10 @@ def cases_for(device: torch.device, quick: bool) -> list[Case]:
     if device.type != "cuda":
         steps = [(sd, 1)] if quick else [(sd, 1), (sd, 4), (sdxl, 1)]
         cases = [step_case(operator, *model, batch) for operator in operators for model, batch in steps]
-        cases += [norm_case("SD", 320, 16, 1)]
+        cases += [norm_case("SD", 320, 16, 1, last=True)]
         if not quick:
-            cases += [norm_case("SD", 320, 32, 2, last=True), norm_case("SD", 320, 16, 1, trained=True)]
+            cases += [step_case(operator, *sd, 1, last=False) for operator in operators]
+            cases += [norm_case("SD", 320, 32, 2), norm_case("SD", 320, 16, 1, last=True, trained=True)]
         return cases + [geglu_case("SD", 256, 320, 1)]
     batches = (1, 64) if quick else (1, 4, 16, 64, 256)
     cases = [step_case(operator, *model, n) for operator in operators for model in (sd, sdxl) for n in batches]
@@ -152,6 +155,7 @@ def cases_for(device: torch.device, quick: bool) -> list[Case]:
     if quick:
         cases += [norm_case("SDXL", 640, 64, 8, last) for last in (False, True)]
         return cases + [geglu_case("SDXL", 4096, 2560, 8)]
+    cases += [step_case(operator, *model, 16, last=False) for operator in operators for model in (sd, sdxl)]
     cases += [norm_case(*size, 8, last) for size in sizes for last in (False, True)]
     cases += [norm_case(*size, batch) for size in (sizes[0], sizes[3], sizes[5]) for batch in (2, 16)]
     cases += [norm_case(*sizes[i], 8, last, trained=True) for i in (0, 5) for last in (False, True)]

@@ -17,6 +17,8 @@ Prints one Markdown table per operator and writes every row, with command, machi
   how many times faster than these it is.
 - peak: memory allocated at most during the operation, beyond what was there before (inputs are; in backward the graph is).
   saved: what autograd keeps for the backward, beside the inputs.
+- launches and what follows: of the Triton kernels as they are compiled for an H100 (sm_90), be there a GPU or not. Loads and
+  stores of global memory are given as number x bytes that a thread moves at once. bench/kernel_code.py says what is counted.
 
 Without a GPU the twins in `kernels/reference.py` take the place of Triton, which is not timed, and the sizes are small.
 """
@@ -31,8 +33,12 @@ import shutil
 import statistics
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from kernel_cases import EAGER, TRAFFIC, Case, cases_for
@@ -44,6 +50,7 @@ from fastloop.kernels.reference import MicroBatch
 from fastloop.machine import describe_machine, versions
 
 NO_GPU = "Triton was not timed: no GPU here"
+CODE_COLUMNS = ["launches", "instructions", "loads", "stores", "divisions"]
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------
@@ -109,18 +116,23 @@ def compile_problem(device: torch.device) -> str | None:
     return None
 
 
+def of_arguments(ops: ModuleType, operator: str) -> Callable:
+    """An operator of a backend as a function of a case's arguments."""
+    function = getattr(ops, operator)
+    if operator != "policy_loss":
+        return function
+
+    def loss(cond, uncond, guidance, clip_range, **columns):
+        settings = {"guidance": guidance, "clip_range": clip_range, "objective": "clipped"}
+        return (function(cond, uncond, MicroBatch(**columns), **settings).loss,)
+
+    return loss
+
+
 def contenders(operator: str, device: torch.device) -> dict[str, Callable]:
     """Name to a function of the arguments; it returns a tensor or a tuple that starts with the differentiable one."""
     name = "triton" if device.type == "cuda" else "reference"
-    function = getattr(backend(name, device), operator)
-    found = {name: function, "eager": EAGER[operator]}
-    if operator == "policy_loss":
-
-        def loss(cond, uncond, guidance, clip_range, **columns):
-            settings = {"guidance": guidance, "clip_range": clip_range, "objective": "clipped"}
-            return (function(cond, uncond, MicroBatch(**columns), **settings).loss,)
-
-        found[name] = loss
+    found = {name: of_arguments(backend(name, device), operator), "eager": EAGER[operator]}
     if compile_problem(device) is None:
         found["compile"] = torch.compile(EAGER[operator], dynamic=False)
     return found
@@ -215,6 +227,29 @@ def measure(case: Case, device: torch.device, clock: Clock, copy: float) -> tupl
     return rows, problems
 
 
+# --- the kernels' code ------------------------------------------------------------------------------------------------
+
+
+def code_problem() -> str | None:
+    """Why the kernels cannot be compiled here; ``None`` where they can."""
+    if find_spec("triton") is None:
+        return "the kernels were not compiled: triton is not installed"
+    import triton
+
+    return "the kernels were not compiled: TRITON_INTERPRET is set" if triton.knobs.runtime.interpret else None
+
+
+def code_rows(case: Case) -> list[dict]:
+    """What the kernels of a case are compiled to: a row for each launch."""
+    from kernel_code import codes_of
+
+    from fastloop.kernels import fused
+
+    codes = codes_of(of_arguments(fused, case.operator), case.inputs)
+    place = {"operator": case.operator, "size": case.size}
+    return [place | {"which": which} | asdict(code) for which, found in codes.items() for code in found]
+
+
 # --- the tables -------------------------------------------------------------------------------------------------------
 
 
@@ -222,14 +257,29 @@ def side_by_side(values: list[float | None], unit: float) -> str:
     return " / ".join("-" if value is None else f"{value / unit:.2f}" for value in values)
 
 
-def table(operator: str, rows: list[dict]) -> str:
+def code_cells(code: list[dict]) -> list[str]:
+    """Of the launches of one line: their number, and what they have together."""
+
+    def accesses(key: str) -> str:
+        total = Counter()
+        for row in code:
+            total.update(row[key])
+        return " + ".join(f"{count}x{size}" for size, count in sorted(total.items(), reverse=True)) or "0"
+
+    if not code:
+        return ["-"] * len(CODE_COLUMNS)
+    instructions, divisions = (str(sum(row[key] for row in code)) for key in ("instructions", "divisions"))
+    return [str(len(code)), instructions, accesses("loads"), accesses("stores"), divisions]
+
+
+def table(operator: str, rows: list[dict], code: list[dict]) -> str:
     """One operator as a Markdown table: a line for each size and pass, the contenders side by side."""
     rows = [row for row in rows if row["operator"] == operator]
     names = [name for name in ("triton", "reference", "eager", "compile") if any(row["contender"] == name for row in rows)]
     sides = " / ".join(name[0] for name in names)
     counts = ", ".join(f"{which} {count}" for which, count in TRAFFIC[operator].items())
     header = ["size", "pass", *(f"{name} ms" for name in names), "GB/s", "share", *(f"x {name}" for name in names[1:])]
-    header += [f"call ms {sides}", f"peak MiB {sides}", f"saved MiB {sides}"]
+    header += [f"call ms {sides}", f"peak MiB {sides}", f"saved MiB {sides}", *CODE_COLUMNS]
     lines = [header]
     for size, which in dict.fromkeys((row["size"], row["which"]) for row in rows):
         found = {row["contender"]: row for row in rows if (row["size"], row["which"]) == (size, which)}
@@ -239,6 +289,7 @@ def table(operator: str, rows: list[dict]) -> str:
         line += [f"{row['ms'] / one['ms']:.2f}" if one and row else "-" for row in all_of[1:]]
         for key, unit in (("call_ms", 1), ("peak_bytes", 2**20), ("saved_bytes", 2**20)):
             line.append(side_by_side([row and row[key] for row in all_of], unit))
+        line += code_cells([row for row in code if (row["operator"], row["size"], row["which"]) == (operator, size, which)])
         lines.append(line)
     return "\n".join([f"## {operator}: at least {counts} bytes per element", "", padded(lines)])
 
@@ -255,7 +306,7 @@ def main(argv: list[str] | None = None, cases: list[Case] | None = None, seconds
     started, clock = time.perf_counter(), Clock(device, seconds or (0.05 if args.quick else 0.1))
     copy = copy_bandwidth(device, clock)
     notes = [] if device.type == "cuda" else [NO_GPU]
-    notes += [problem] if (problem := compile_problem(device)) else []
+    notes += [problem for problem in (compile_problem(device), code_problem()) if problem]
     summary = {
         "command": shlex.join(["python", "bench/kernel_table.py", *(sys.argv[1:] if argv is None else argv)]),
         "machine": describe_machine(device),
@@ -265,6 +316,7 @@ def main(argv: list[str] | None = None, cases: list[Case] | None = None, seconds
         "notes": notes,
         "problems": [],
         "rows": [],
+        "code": [],
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)
     cases = cases_for(device, args.quick) if cases is None else cases
@@ -272,6 +324,7 @@ def main(argv: list[str] | None = None, cases: list[Case] | None = None, seconds
         rows, problems = measure(case, device, clock, copy)
         summary["rows"] += rows
         summary["problems"] += problems
+        summary["code"] += code_rows(case) if code_problem() is None else []
         summary["seconds"] = time.perf_counter() - started
         args.out.write_text(json.dumps(summary, indent=1) + "\n")  # after each case: an interrupted run keeps what it has
         print(f"{number}/{len(cases)} {case.operator}, {case.size}: {summary['seconds']:.0f} s", file=sys.stderr, flush=True)
@@ -280,7 +333,7 @@ def main(argv: list[str] | None = None, cases: list[Case] | None = None, seconds
     print(f"{summary['machine'].get('gpu', 'CPU')}, torch {found['torch']}, triton {found.get('triton', '-')}")
     print(f"copy bandwidth: {copy / 1e9:.0f} GB/s")
     for operator in dict.fromkeys(row["operator"] for row in summary["rows"]):
-        print("\n" + table(operator, summary["rows"]))
+        print("\n" + table(operator, summary["rows"], summary["code"]))
     print("\n" + "\n".join([*notes, *summary["problems"], f"{summary['seconds']:.0f} s; every row: {args.out}"]))
     return 1 if summary["problems"] else 0
 

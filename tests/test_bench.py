@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -41,7 +43,9 @@ def test_without_a_gpu_eager_is_timed_against_compile_and_triton_is_not(kernel_t
     assert code == 0 and "Triton was not timed: no GPU here" in printed and "## geglu" in printed
     summary = json.loads(out.read_text())
     assert summary["command"] == f"python bench/kernel_table.py --quick --out {out}"
-    assert summary["notes"] == ["Triton was not timed: no GPU here"] and summary["problems"] == []
+    interpreted = "the kernels were not compiled: TRITON_INTERPRET is set"
+    assert summary["notes"] == ["Triton was not timed: no GPU here", interpreted] and summary["problems"] == []
+    assert summary["code"] == []
     assert summary["machine"]["device"] == "cpu" and summary["versions"]["torch"] == torch.__version__
     rows = {(row["operator"], row["contender"], row["which"]): row for row in summary["rows"]}
     names, passes = ("reference", "eager", "compile"), ("forward", "backward", "both")
@@ -74,3 +78,22 @@ def test_a_contender_that_computes_something_else_is_named_and_not_timed(kernel_
     assert kernel_table.main(["--out", str(out)], cases=tiny("geglu"), seconds=0.001) == 1
     assert "reference failed: geglu, tiny 4 x 2*8, batch 1: AssertionError: geglu" in capsys.readouterr().out
     assert {row["contender"] for row in json.loads(out.read_text())["rows"]} == {"eager"}
+
+
+def test_the_table_has_what_the_kernels_are_compiled_to_without_a_gpu(kernel_table):
+    """In a process of its own: here the kernels are interpreted."""
+    script = (
+        "import json, kernel_cases, kernel_table as t; print(json.dumps(t.code_rows(kernel_cases.geglu_case('a', 4, 8, 1))))"
+    )
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", script], cwd=BENCH, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    code = json.loads(done.stdout)
+    assert [(row["which"], row["kernel"]) for row in code] == [("forward", "geglu._forward"), ("backward", "geglu._gradient")]
+    row = {"operator": "geglu", "size": code[0]["size"], "which": "forward", "contender": "eager", "ms": 1.0, "call_ms": 1.0}
+    row |= {"gb_per_s": 1.0, "share_of_copy": 0.5, "peak_bytes": None, "saved_bytes": 0}
+    head, _, line = kernel_table.table("geglu", [row], code).splitlines()[2:]
+    cells = dict(zip(*([cell.strip() for cell in text.split("|")] for text in (head, line)), strict=True))
+    assert cells["launches"] == "1" and int(cells["instructions"]) == code[0]["instructions"] > 50
+    assert cells["loads"] == " + ".join(f"{count}x{size}" for size, count in code[0]["loads"].items()) != "0"
+    assert kernel_table.code_cells(code[:1] * 2)[:2] == ["2", str(2 * code[0]["instructions"])]
