@@ -19,7 +19,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,7 @@ def fake_gpu() -> Iterator[FakeTensorMode]:
         patch("torch.cuda.amp.common.amp_definitely_not_available", lambda: False),
         patch("torch.cuda.is_bf16_supported", lambda *_, **__: True),
         patch("torch.cuda.get_device_capability", lambda *_: CAPABILITY),
+        patch("torch.cuda.device_of", lambda _: nullcontext()),
         patch("torch.clear_autocast_cache", casts.clear),
         patch("torch.Tensor.pin_memory", lambda tensor, *_: tensor),
         patch("torch.nn.Module._apply", apply_to_module),

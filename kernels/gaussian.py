@@ -29,6 +29,9 @@ S blocks of BLOCK elements cover. Tensors are contiguous unless a stride is give
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
+
 import torch
 import triton
 import triton.language as tl
@@ -140,6 +143,24 @@ def cos_sin(angle):
 def uniform(word):
     """Turn 23 bits of a word into a float32 in (0, 1), exactly."""
     return ((word >> 9).to(tl.float32) + 0.5) * 1.1920928955078125e-07  # 2^-23
+
+
+def operator(name: str) -> Callable:
+    """Decorate a function of tensors that launches kernels: make it the custom operator of this name.
+
+    Its body runs with the device of its first tensor as the current one, as Triton launches there whatever the tensors are on.
+    """
+
+    def decorate(function: Callable):
+        @wraps(function)
+        def on_device(*args):
+            with torch.cuda.device_of(next(arg for arg in args if isinstance(arg, torch.Tensor))):
+                return function(*args)
+
+        schema = torch.library.infer_schema(function, mutates_args=())
+        return torch.library.custom_op(name, on_device, mutates_args=(), schema=schema)
+
+    return decorate
 
 
 def splits_of(size: int, block: int) -> int:

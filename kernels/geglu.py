@@ -58,7 +58,7 @@ def _gradient(dy_ptr, projected_ptr, grad_ptr, size, inner, BLOCK: tl.constexpr,
     tl.store(grad_ptr + hidden_at + inner, (dy * hidden * (cdf + gate * density)).to(grad_ptr.dtype.element_ty), mask)
 
 
-@torch.library.custom_op("fastloop::geglu", mutates_args=())
+@gaussian.operator("fastloop::geglu")
 def _geglu(projected: Tensor) -> Tensor:
     projected = projected.contiguous()
     inner = projected.shape[-1] // 2
@@ -73,7 +73,7 @@ def _(projected):
     return projected.new_empty(*projected.shape[:-1], projected.shape[-1] // 2)
 
 
-@torch.library.custom_op("fastloop::geglu_backward", mutates_args=())
+@gaussian.operator("fastloop::geglu_backward")
 def _geglu_backward(dy: Tensor, projected: Tensor) -> Tensor:
     dy, projected = dy.contiguous(), projected.contiguous()
     grad = torch.empty_like(projected)

@@ -211,7 +211,7 @@ def _gradients(
     tl.store(grad_cond_ptr + long_row * size + at, grad.to(grad_cond_ptr.dtype.element_ty), mask)
 
 
-@torch.library.custom_op("fastloop::policy_loss", mutates_args=())
+@gaussian.operator("fastloop::policy_loss")
 def _policy_loss(
     cond: Tensor,
     uncond: Tensor | None,
@@ -293,7 +293,7 @@ def _(cond, uncond, x_t, *rest):
     return (*(x_t.new_empty(rows) for _ in range(4)), x_t.new_empty(len(STATISTICS)))
 
 
-@torch.library.custom_op("fastloop::policy_loss_backward", mutates_args=())
+@gaussian.operator("fastloop::policy_loss_backward")
 def _policy_loss_backward(
     grad_loss: Tensor,
     slope: Tensor,

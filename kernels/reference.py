@@ -197,9 +197,14 @@ def _expand(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return value.view(-1, *[1] * (like.dim() - 1))
 
 
+def group_norm(x: torch.Tensor, groups: int, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
+    """Normalise each group of channels of (N, C, ...), as stock diffusers does."""
+    return torch.nn.functional.group_norm(x, groups, weight, bias, eps)
+
+
 def group_norm_silu(x: torch.Tensor, groups: int, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
-    """Compute silu(group_norm(x)) of (N, C, ...), as stock diffusers computes it."""
-    return torch.nn.functional.silu(torch.nn.functional.group_norm(x, groups, weight, bias, eps))
+    """Compute silu(group_norm(x)) of (N, C, ...), as stock diffusers does."""
+    return torch.nn.functional.silu(group_norm(x, groups, weight, bias, eps))
 
 
 def geglu(projected: torch.Tensor) -> torch.Tensor:

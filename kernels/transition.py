@@ -77,7 +77,7 @@ def _noise(out_ptr, trajectory_ptr, seed, step, size, BLOCK: tl.constexpr):
     tl.store(out_ptr + row.to(tl.int64) * size + offset, noise, offset < size)
 
 
-@torch.library.custom_op("fastloop::sample_transition", mutates_args=())
+@gaussian.operator("fastloop::sample_transition")
 def _sample_transition(
     cond: Tensor,
     uncond: Tensor | None,
@@ -127,7 +127,7 @@ def _(cond, uncond, x_t, a, b, sigma, guidance, seed, trajectory, step):
     return x_t.new_empty(x_t.shape), x_t.new_empty(x_t.shape[0])
 
 
-@torch.library.custom_op("fastloop::initial_noise", mutates_args=())
+@gaussian.operator("fastloop::initial_noise")
 def _initial_noise(seed: int, trajectory: Tensor, size: int) -> Tensor:
     noise = torch.empty(len(trajectory), size, device=trajectory.device)
     step = INITIAL - 2**32  # as a signed 32-bit integer

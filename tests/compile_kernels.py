@@ -19,7 +19,7 @@ import torch
 import triton
 from step_cases import pairwise
 
-from fastloop.kernels import geglu, group_norm_silu, policy, transition
+from fastloop.kernels import geglu, group_norm, policy, transition
 from fastloop.objectives import OBJECTIVES
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
@@ -49,7 +49,7 @@ def launch_all(every_variant: bool) -> Iterator[dict]:
     """
     dtypes = (torch.bfloat16, torch.float32, torch.float16)[: 3 if every_variant else 1]
     both, layouts = (True, False)[: 1 + every_variant], LAYOUTS[: 1 + every_variant]
-    sizes = ((320, 64), (1280, 8))[: 1 + every_variant]
+    sizes = ((320, 64), (1280, 8), (128, 512))[: 1 + 2 * every_variant]  # the last, of a VAE, in stretches
     transition._initial_noise(7, torch.arange(ROWS), 4 * 64 * 64)
     yield {}
     for dtype, guided, layout, objective in pairwise(dtypes, both, layouts, OBJECTIVES):
@@ -64,10 +64,10 @@ def launch_all(every_variant: bool) -> Iterator[dict]:
         geglu._geglu_backward(geglu._geglu(torch.zeros(2, 77, 2560, dtype=dtype)), torch.zeros(2, 77, 2560, dtype=dtype))
         yield {"dtype": str(dtype)}
     for dtype, (channels, side), layout in pairwise(dtypes, sizes, layouts):
-        x = torch.zeros(2, channels, side, side, dtype=dtype).contiguous(memory_format=layout)
+        x = torch.empty(1, channels, side, side, dtype=dtype).contiguous(memory_format=layout)
         weight = torch.ones(channels, dtype=dtype)
-        y, mean, rstd = group_norm_silu._group_norm_silu(x, 32, weight, weight, 1e-5)
-        group_norm_silu._group_norm_silu_backward(y, x, mean, rstd, 32, weight, weight, True)
+        y, mean, rstd = group_norm._group_norm(x, 32, weight, weight, 1e-5, True)
+        group_norm._group_norm_backward(y, x, mean, rstd, 32, weight, weight, True, True)
         yield {"dtype": str(dtype), "channels": channels, "layout": str(layout)}
 
 

@@ -8,15 +8,15 @@ from conftest import make_unet
 from diffusers import UNet2DConditionModel
 from diffusers.models.activations import GEGLU
 from diffusers.models.resnet import ResnetBlock2D
+from step_cases import pairwise
 from torch.utils.checkpoint import checkpoint
 
-from fastloop.kernels import fuse, fused, reference
+from fastloop.kernels import fuse, fused, group_norm, reference
 from fastloop.kernels.geglu import _geglu
-from fastloop.kernels.group_norm_silu import _group_norm_silu
 from fastloop.kernels.unet import FusedGEGLU, GroupNormSiLU, fuse_unet, unfuse_unet
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-# N, C, groups, height, width: odd sizes; channels and groups that are no power of 2; several stretches of pixels
+# N, C, groups, height, width: odd sizes; channels and groups that are no power of 2; several tiles of pixels
 SIZES = [(2, 8, 4, 5, 7), (1, 70, 10, 9, 9), (3, 12, 3, 16, 16), (1, 6, 2, 90, 70)]
 ROUNDING = {torch.float32: 3e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
@@ -36,27 +36,30 @@ def norm_case(size, dtype=torch.float32, channels_last=False, mean=3.0, paramete
     return x, groups, weight, bias, dy
 
 
-def normalised(ops, x, groups, weight, bias, dy, eps=1e-5):
+def normalised(ops, x, groups, weight, bias, dy, eps=1e-5, name="group_norm_silu"):
     """The output and the gradients for x, weight and bias."""
     leaves = [tensor.detach().requires_grad_() for tensor in (x, weight, bias)]
-    y = ops.group_norm_silu(leaves[0], groups, leaves[1], leaves[2], eps)
+    y = getattr(ops, name)(leaves[0], groups, leaves[1], leaves[2], eps)
     return y.detach(), *torch.autograd.grad(y, leaves, dy)
 
 
-def in_float64(x, groups, weight, bias, dy):
-    return normalised(reference, x.double(), groups, weight.double(), bias.double(), dy.double())
+def in_float64(x, groups, weight, bias, dy, name="group_norm_silu"):
+    return normalised(reference, x.double(), groups, weight.double(), bias.double(), dy.double(), name=name)
 
 
 # --- group norm and SiLU ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize("dtype", ROUNDING)
-@pytest.mark.parametrize("size", SIZES)
-def test_norm_and_silu_and_their_gradients_are_those_in_float64(size, dtype, channels_last):
+@pytest.mark.parametrize(
+    "size, dtype, name, channels_last, fits",  # the last: a group is divided into stretches, unless it is small
+    pairwise(SIZES, ROUNDING, ("group_norm_silu", "group_norm"), (True, False), (group_norm.FITS, 100)),
+)
+def test_norms_and_their_gradients_are_those_in_float64(monkeypatch, size, dtype, name, channels_last, fits):
+    monkeypatch.setattr(group_norm, "FITS", fits)
+    monkeypatch.setattr(group_norm, "STRETCHES", 2)
     case = norm_case(size, dtype, channels_last)
-    got = normalised(fused, *case)
-    for value, exact in zip(got, in_float64(*case), strict=True):
+    got = normalised(fused, *case, name=name)
+    for value, exact in zip(got, in_float64(*case, name=name), strict=True):
         assert close(value, exact, ROUNDING[dtype])
     y, dx, grad_weight, grad_bias = got
     assert y.dtype == dx.dtype == dtype and grad_weight.dtype == grad_bias.dtype == torch.float32
@@ -93,10 +96,12 @@ def test_other_shapes_and_layouts():
         torch.randn(2, 6, 3, 4, 5, generator=g),
         torch.randn(2, 6, 8, 9, generator=g).transpose(2, 3),
         torch.randn(2, 6, 8, 9, generator=g)[:, :, ::2],
+        torch.randn(2, 5, 6, generator=g).transpose(1, 2),  # as the VAE's attention gives it
     ):
         x = x.to(DEVICE)
         args = (x, 3, weight, bias, 1e-5)
         assert torch.allclose(fused.group_norm_silu(*args), reference.group_norm_silu(*args), atol=2e-6)
+    assert fused.group_norm(*args).stride() == x.stride()  # that of the last was not copied
 
 
 def test_a_gradient_in_another_layout_than_x_is_read_rightly():
@@ -169,7 +174,7 @@ def test_projections_that_are_not_contiguous():
 def test_the_operators_keep_torchs_contracts():
     x, groups, weight, bias, _ = norm_case(SIZES[0], channels_last=True)
     parameters = (weight.requires_grad_(), bias.requires_grad_())
-    torch.library.opcheck(_group_norm_silu, (x.requires_grad_(), groups, *parameters, 1e-5))
+    torch.library.opcheck(group_norm._group_norm, (x.requires_grad_(), groups, *parameters, 1e-5, True))
     torch.library.opcheck(_geglu, (torch.randn(3, 10, device=DEVICE, requires_grad=True),))
 
 
