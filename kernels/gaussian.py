@@ -38,7 +38,6 @@ import triton.language as tl
 from torch._subclasses.fake_tensor import FakeTensor
 
 BLOCK = 2048  # elements of one program: a multiple of 4, the size of a noise counter
-NOISE_BLOCK = 1024  # where a program draws noise, whose arithmetic fills the registers
 ROWS, SPLITS = 64, 16  # the tile of partial sums that the second stage holds at a time
 WARPS = 8
 EXACT = {"num_warps": WARPS, "enable_fp_fusion": False}
@@ -48,11 +47,38 @@ INTERPRETED = triton.knobs.runtime.interpret
 
 
 @triton.jit
-def model_offset(offset, pixels, CHANNELS: tl.constexpr):
-    """Return where element ``offset`` of a row-major latent stands: there, or in channels_last memory where CHANNELS > 0."""
+def elements_of(split, size, pixels, CHANNELS: tl.constexpr, BLOCK: tl.constexpr):
+    """Return which elements of a row-major latent a program has, int32 (BLOCK,), and which of them are real.
+
+    They are neighbours, or where CHANNELS > 0 all channels of neighbouring pixels: what stands together in channels_last.
+    """
+    element = tl.arange(0, BLOCK)
     if CHANNELS:
-        return (offset % pixels) * CHANNELS + offset // pixels
-    return offset
+        RUN: tl.constexpr = BLOCK // CHANNELS
+        pixel = split * RUN + element % RUN
+        return element // RUN * pixels + pixel, pixel < pixels
+    offset = split * BLOCK + element
+    return offset, offset < size
+
+
+@triton.jit
+def load_output(ptr, split, size, CHANNELS: tl.constexpr, BLOCK: tl.constexpr):
+    """Load a program's elements of a model output, in the order of `elements_of`: read as they stand, turned on the chip."""
+    at = split * BLOCK + tl.arange(0, BLOCK)
+    value = tl.load(ptr + at, at < size, 0.0)
+    if CHANNELS:
+        value = tl.reshape(tl.trans(tl.reshape(value, (BLOCK // CHANNELS, CHANNELS))), (BLOCK,))
+    return value
+
+
+@triton.jit
+def store_output(ptr, value, split, size, CHANNELS: tl.constexpr, BLOCK: tl.constexpr):
+    """Store what is in the order of `elements_of`, float32 (BLOCK,), in the dtype and memory layout of a model output."""
+    at = split * BLOCK + tl.arange(0, BLOCK)
+    value = value.to(ptr.dtype.element_ty)
+    if CHANNELS:
+        value = tl.reshape(tl.trans(tl.reshape(value, (CHANNELS, BLOCK // CHANNELS))), (BLOCK,))
+    tl.store(ptr + at, value, at < size)
 
 
 @triton.jit
@@ -100,9 +126,9 @@ def log_prob_of(total, sigma, size):
 
 
 @triton.jit
-def standard_normal(seed, trajectory, step, first, BLOCK: tl.constexpr):
-    """Draw the noise of elements first to first + BLOCK - 1 of a trajectory at a step: the numbers of ``reference.normal``."""
-    counter = first // 4 + tl.arange(0, BLOCK // 4)
+def standard_normal(seed, trajectory, step, split, size, pixels, CHANNELS: tl.constexpr, BLOCK: tl.constexpr):
+    """Draw the noise of a program's elements of a trajectory at a step: of those numbers of ``reference.normal``."""
+    counter, _ = elements_of(split, size, pixels // 4, CHANNELS, BLOCK // 4)  # one for four elements
     zero = (counter * 0).to(tl.uint32)
     step = zero + step.to(tl.uint32)
     low, high = zero + trajectory.to(tl.uint32), zero + (trajectory >> 32).to(tl.uint32)
@@ -163,9 +189,9 @@ def operator(name: str) -> Callable:
     return decorate
 
 
-def splits_of(size: int, block: int) -> int:
+def splits_of(size: int) -> int:
     """Return the number of programs for the elements of one row."""
-    return triton.cdiv(size, block)
+    return triton.cdiv(size, BLOCK)
 
 
 def rows_contiguous(tensor: torch.Tensor) -> bool:
@@ -181,12 +207,17 @@ def channels_last(tensor: torch.Tensor) -> bool:
 def model_layout(cond: torch.Tensor, uncond: torch.Tensor | None):
     """Bring the model outputs into a memory layout that the kernels read: both row-major, or both channels_last.
 
+    In channels_last they read whole pixels, of 1, 2, 4, 8 or 16 channels, four pixels to a noise counter; latents of other
+    sizes, which no model has, are copied.
+
     Returns:
         cond, uncond, and the number of channels where they are channels_last, else 0.
     """
     outputs = [cond] if uncond is None else [cond, uncond]
     if all(channels_last(output) for output in outputs):
-        return cond, uncond, cond.shape[1]
+        channels, pixels = cond.shape[1], cond[0, 0].numel()
+        if channels in (1, 2, 4, 8, 16) and pixels % 4 == 0:
+            return cond, uncond, channels
     if not all(rows_contiguous(output) for output in outputs):
         cond, uncond = cond.contiguous(), None if uncond is None else uncond.contiguous()
     return cond, uncond, 0

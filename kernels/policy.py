@@ -19,7 +19,7 @@ from torch import Tensor
 from fastloop.objectives import OBJECTIVES
 
 from . import gaussian
-from .gaussian import BLOCK, EXACT, NOISE_BLOCK, ROWS, SPLITS
+from .gaussian import BLOCK, EXACT, ROWS, SPLITS
 from .reference import STATISTICS, MicroBatch, PolicyTerms
 
 SCORE_FUNCTION, CLIPPED, CLIP_ONLY, KL_MASK = (tl.constexpr(i) for i in range(4))
@@ -36,21 +36,22 @@ def _mean(
     b_ptr,
     guidance,
     row,
+    split,
     offset,
     mask,
     size,
-    pixels,
     cond_stride,
     uncond_stride,
     GUIDED: tl.constexpr,
     CHANNELS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """The mean of a block of one pair, float32 (BLOCK,); ``row`` is a scalar, ``offset`` and ``mask`` are (BLOCK,)."""
-    at, long_row = gaussian.model_offset(offset, pixels, CHANNELS), row.to(tl.int64)
-    cond = tl.load(cond_ptr + long_row * cond_stride + at, mask, 0.0)
+    """The mean of a program's elements of one pair, float32 (BLOCK,); ``offset`` and ``mask`` are those of `elements_of`."""
+    long_row = row.to(tl.int64)
+    cond = gaussian.load_output(cond_ptr + long_row * cond_stride, split, size, CHANNELS, BLOCK)
     uncond = cond
     if GUIDED:
-        uncond = tl.load(uncond_ptr + long_row * uncond_stride + at, mask, 0.0)
+        uncond = gaussian.load_output(uncond_ptr + long_row * uncond_stride, split, size, CHANNELS, BLOCK)
     x_t = tl.load(x_t_ptr + long_row * size + offset, mask, 0.0)
     return gaussian.guided_mean(cond, uncond, x_t, tl.load(a_ptr + row), tl.load(b_ptr + row), guidance, GUIDED)
 
@@ -81,11 +82,11 @@ def _residual_sums(
     """Grid (S, B): write the partial sums of a block. Parameters as in ``gaussian``, for all kernels here."""
     split, row = tl.program_id(0), tl.program_id(1)
     splits, rows = tl.num_programs(0), tl.num_programs(1)
-    offset = split * BLOCK + tl.arange(0, BLOCK)
-    mask, long_row = offset < size, row.to(tl.int64)
+    offset, mask = gaussian.elements_of(split, size, pixels, CHANNELS, BLOCK)
+    long_row = row.to(tl.int64)
     mean = _mean(
-        cond_ptr, uncond_ptr, x_t_ptr, a_ptr, b_ptr, guidance, row, offset, mask, size, pixels, cond_stride, uncond_stride,
-        GUIDED, CHANNELS,
+        cond_ptr, uncond_ptr, x_t_ptr, a_ptr, b_ptr, guidance, row, split, offset, mask, size, cond_stride, uncond_stride,
+        GUIDED, CHANNELS, BLOCK,
     )  # fmt: skip
     x_prev = tl.load(x_prev_ptr + long_row * size + offset, mask, 0.0)
     sigma = tl.load(sigma_ptr + row)
@@ -93,7 +94,8 @@ def _residual_sums(
     tl.store(partial_ptr + long_row * splits + split, gaussian.exact_sum(x_prev - mean, inverse, mask))
     if MASK_KL:
         # the mean that sampled is x_prev - sigma z, and z can be drawn again: nothing of it was stored
-        noise = gaussian.standard_normal(seed, tl.load(trajectory_ptr + row), tl.load(step_ptr + row), split * BLOCK, BLOCK)
+        trajectory, step = tl.load(trajectory_ptr + row), tl.load(step_ptr + row)
+        noise = gaussian.standard_normal(seed, trajectory, step, split, size, pixels, CHANNELS, BLOCK)
         moved = gaussian.exact_sum(mean - (x_prev - sigma * noise), inverse, mask)
         tl.store(partial_ptr + (rows + long_row) * splits + split, moved)
 
@@ -192,11 +194,11 @@ def _gradients(
 ):
     """Grid (S, B): d log p / d mean = (x_prev - mean) / (D sigma^2); d mean / d cond = b w, d mean / d uncond = b (1 - w)."""
     split, row = tl.program_id(0), tl.program_id(1)
-    offset = split * BLOCK + tl.arange(0, BLOCK)
-    mask, long_row = offset < size, row.to(tl.int64)
+    offset, mask = gaussian.elements_of(split, size, pixels, CHANNELS, BLOCK)
+    long_row = row.to(tl.int64)
     mean = _mean(
-        cond_ptr, uncond_ptr, x_t_ptr, a_ptr, b_ptr, guidance, row, offset, mask, size, pixels, cond_stride, uncond_stride,
-        GUIDED, CHANNELS,
+        cond_ptr, uncond_ptr, x_t_ptr, a_ptr, b_ptr, guidance, row, split, offset, mask, size, cond_stride, uncond_stride,
+        GUIDED, CHANNELS, BLOCK,
     )  # fmt: skip
     residual = tl.load(x_prev_ptr + long_row * size + offset, mask, 0.0) - mean
     inverse = gaussian.inverse(tl.load(sigma_ptr + row))
@@ -204,11 +206,10 @@ def _gradients(
     # where nothing is to be learned a residual that overflows must not make NaN of 0
     grad_mean = tl.where(slope == 0, 0.0, slope * inverse / size * (residual * inverse))
     grad = tl.load(b_ptr + row) * grad_mean
-    at = gaussian.model_offset(offset, pixels, CHANNELS)
     if GUIDED:
-        tl.store(grad_uncond_ptr + long_row * size + at, (grad * (1.0 - guidance)).to(grad_uncond_ptr.dtype.element_ty), mask)
+        gaussian.store_output(grad_uncond_ptr + long_row * size, grad * (1.0 - guidance), split, size, CHANNELS, BLOCK)
         grad = grad * guidance
-    tl.store(grad_cond_ptr + long_row * size + at, grad.to(grad_cond_ptr.dtype.element_ty), mask)
+    gaussian.store_output(grad_cond_ptr + long_row * size, grad, split, size, CHANNELS, BLOCK)
 
 
 @gaussian.operator("fastloop::policy_loss")
@@ -235,8 +236,7 @@ def _policy_loss(
     )
     masked = objective == "kl_mask"
     rows, size = x_t.shape[0], x_t[0].numel()
-    block = NOISE_BLOCK if masked else BLOCK
-    splits = gaussian.splits_of(size, block)
+    splits = gaussian.splits_of(size)
     partial = x_t.new_empty((1 + masked) * rows, splits, dtype=torch.float64)
     loss, log_prob, ratio, slope = (x_t.new_empty(rows) for _ in range(4))
     statistics = x_t.new_empty(len(STATISTICS))
@@ -260,7 +260,7 @@ def _policy_loss(
         GUIDED=uncond is not None,
         CHANNELS=channels,
         MASK_KL=masked,
-        BLOCK=block,
+        BLOCK=BLOCK,
         **EXACT,
     )
     _finish[(1,)](
@@ -311,7 +311,7 @@ def _policy_loss_backward(
     rows, size = x_t.shape[0], x_t[0].numel()
     grad_cond = torch.empty_like(cond, memory_format=torch.channels_last if channels else torch.contiguous_format)
     grad_uncond = cond.new_empty(0) if uncond is None else torch.empty_like(grad_cond)
-    _gradients[(gaussian.splits_of(size, BLOCK), rows)](
+    _gradients[(gaussian.splits_of(size), rows)](
         cond,
         uncond,
         x_t,

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import gaussian
-from .gaussian import EXACT, NOISE_BLOCK, ROWS, SPLITS
+from .gaussian import BLOCK, EXACT, ROWS, SPLITS
 from .reference import INITIAL
 
 
@@ -42,17 +42,16 @@ def _sample(
 ):
     """Grid (S, B): write x_prev and the partial sums of a block. Parameters as in ``gaussian``, one ``step`` for all."""
     split, row = tl.program_id(0), tl.program_id(1)
-    offset = split * BLOCK + tl.arange(0, BLOCK)
-    mask = offset < size
-    at, long_row = gaussian.model_offset(offset, pixels, CHANNELS), row.to(tl.int64)
-    cond = tl.load(cond_ptr + long_row * cond_stride + at, mask, 0.0)
+    offset, mask = gaussian.elements_of(split, size, pixels, CHANNELS, BLOCK)
+    long_row = row.to(tl.int64)
+    cond = gaussian.load_output(cond_ptr + long_row * cond_stride, split, size, CHANNELS, BLOCK)
     uncond = cond
     if GUIDED:
-        uncond = tl.load(uncond_ptr + long_row * uncond_stride + at, mask, 0.0)
+        uncond = gaussian.load_output(uncond_ptr + long_row * uncond_stride, split, size, CHANNELS, BLOCK)
     x_t = tl.load(x_t_ptr + long_row * size + offset, mask, 0.0)
     sigma = tl.load(sigma_ptr + row)
     mean = gaussian.guided_mean(cond, uncond, x_t, tl.load(a_ptr + row), tl.load(b_ptr + row), guidance, GUIDED)
-    noise = gaussian.standard_normal(seed, tl.load(trajectory_ptr + row), step, split * BLOCK, BLOCK)
+    noise = gaussian.standard_normal(seed, tl.load(trajectory_ptr + row), step, split, size, pixels, CHANNELS, BLOCK)
     x_prev = mean + sigma * noise
     tl.store(x_prev_ptr + long_row * size + offset, x_prev, mask)
     total = gaussian.exact_sum(x_prev - mean, gaussian.inverse(sigma), mask)
@@ -71,10 +70,10 @@ def _finish(partial_ptr, sigma_ptr, log_prob_ptr, rows, size, splits, ROWS: tl.c
 @triton.jit(do_not_specialize=["seed", "step"])
 def _noise(out_ptr, trajectory_ptr, seed, step, size, BLOCK: tl.constexpr):
     """Grid (S, B): write a block of noise to ``out_ptr``, float32 (B, D). The others as in ``gaussian``."""
-    first, row = tl.program_id(0) * BLOCK, tl.program_id(1)
-    offset = first + tl.arange(0, BLOCK)
-    noise = gaussian.standard_normal(seed, tl.load(trajectory_ptr + row), step, first, BLOCK)
-    tl.store(out_ptr + row.to(tl.int64) * size + offset, noise, offset < size)
+    split, row = tl.program_id(0), tl.program_id(1)
+    offset, mask = gaussian.elements_of(split, size, 1, 0, BLOCK)
+    noise = gaussian.standard_normal(seed, tl.load(trajectory_ptr + row), step, split, size, 1, 0, BLOCK)
+    tl.store(out_ptr + row.to(tl.int64) * size + offset, noise, mask)
 
 
 @gaussian.operator("fastloop::sample_transition")
@@ -93,7 +92,7 @@ def _sample_transition(
     cond, uncond, channels = gaussian.model_layout(cond, uncond)
     x_t, a, b, sigma, trajectory = (t.contiguous() for t in (x_t, a, b, sigma, trajectory))
     rows, size = x_t.shape[0], x_t[0].numel()
-    splits = gaussian.splits_of(size, NOISE_BLOCK)
+    splits = gaussian.splits_of(size)
     x_prev, log_prob = torch.empty_like(x_t), x_t.new_empty(rows)
     partial = x_t.new_empty(rows, splits, dtype=torch.float64)
     _sample[(splits, rows)](
@@ -115,7 +114,7 @@ def _sample_transition(
         0 if uncond is None else uncond.stride(0),
         GUIDED=uncond is not None,
         CHANNELS=channels,
-        BLOCK=NOISE_BLOCK,
+        BLOCK=BLOCK,
         **EXACT,
     )
     _finish[(triton.cdiv(rows, ROWS),)](partial, sigma, log_prob, rows, size, splits, ROWS=ROWS, SPLITS=SPLITS, **EXACT)
@@ -131,8 +130,8 @@ def _(cond, uncond, x_t, a, b, sigma, guidance, seed, trajectory, step):
 def _initial_noise(seed: int, trajectory: Tensor, size: int) -> Tensor:
     noise = torch.empty(len(trajectory), size, device=trajectory.device)
     step = INITIAL - 2**32  # as a signed 32-bit integer
-    grid = (gaussian.splits_of(size, NOISE_BLOCK), len(trajectory))
-    _noise[grid](noise, trajectory.contiguous(), seed, step, size, BLOCK=NOISE_BLOCK, **EXACT)
+    grid = (gaussian.splits_of(size), len(trajectory))
+    _noise[grid](noise, trajectory.contiguous(), seed, step, size, BLOCK=BLOCK, **EXACT)
     return noise
 
 
