@@ -1,8 +1,8 @@
 """The operators of the training loop and the one place that chooses their backend.
 
 `fastloop.kernels` holds what fuses the per-step Gaussian, `sample_transition` for rollouts and `policy_loss` for updates, and
-what fuses parts of the UNet, `group_norm_silu` and `geglu`. ``reference`` is plain PyTorch, the specification and the path
-without a GPU; ``fused`` is Triton; ``unet`` puts the latter two into a diffusers UNet.
+what fuses parts of the UNet and the VAE, `group_norm`, `group_norm_silu` and `geglu`. ``reference`` is plain PyTorch, the
+specification and the path without a GPU; ``fused`` is Triton; ``unet`` puts the latter three into diffusers' modules.
 """
 
 from __future__ import annotations
@@ -70,3 +70,11 @@ def fuse(unet: torch.nn.Module, name: str, device: torch.device) -> None:
         from .unet import fuse_unet
 
         fuse_unet(unet)
+
+
+def fuse_vae(vae: torch.nn.Module, name: str, device: torch.device) -> None:
+    """Put them into a diffusers VAE, in channels_last, where the backend of a device is Triton; raises as `choose`."""
+    if choose(name, device) == "triton":
+        from . import unet
+
+        unet.fuse_vae(vae)

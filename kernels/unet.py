@@ -1,15 +1,26 @@
-"""The fused modules in a diffusers UNet: put in by `fuse_unet`, taken out by `unfuse_unet`.
+"""The fused modules in a diffusers UNet and VAE: put in by `fuse_unet` and `fuse_vae`, taken out by `unfuse`.
 
 Modules change their class, nothing else: parameters, names, hooks and saved weights stay those of stock diffusers.
 """
 
 from __future__ import annotations
 
+import torch
+from diffusers import Transformer2DModel
 from diffusers.models.activations import GEGLU
+from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
-from .fused import geglu, group_norm_silu
+from .fused import geglu, group_norm, group_norm_silu
+
+
+class FusedGroupNorm(nn.GroupNorm):
+    """A group normalisation in one kernel, in any memory layout."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return group_norm(x) of (N, C, ...)."""
+        return group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
 
 
 class GroupNormSiLU(nn.GroupNorm):
@@ -36,12 +47,11 @@ class FusedGEGLU(GEGLU):
         return geglu(self.proj(hidden_states))
 
 
-_STOCK = {GroupNormSiLU: nn.GroupNorm, SiLUDone: nn.SiLU, FusedGEGLU: GEGLU}
-_FUSED = {stock: fused for fused, stock in _STOCK.items()}
+_STOCK = {FusedGroupNorm: nn.GroupNorm, GroupNormSiLU: nn.GroupNorm, SiLUDone: nn.SiLU, FusedGEGLU: GEGLU}
 
 
 def fuse_unet(unet: nn.Module) -> int:
-    """Fuse what can be: norms with SiLU of residual blocks and of the output, gated linear units.
+    """Fuse what can be: norms, those of residual blocks and of the output with their SiLU, and gated linear units.
 
     A block with another activation, or whose second norm is scaled and shifted before the activation, stays as it is.
 
@@ -50,26 +60,47 @@ def fuse_unet(unet: nn.Module) -> int:
     """
     fused = 0
     for block in unet.modules():
-        if isinstance(block, ResnetBlock2D) and block.time_embedding_norm == "default":
-            fused += _fuse(block.nonlinearity, block.norm1, block.norm2)
+        if isinstance(block, ResnetBlock2D) and block.time_embedding_norm != "scale_shift":  # a VAE's says `group`
+            fused += _fuse_activation(block.nonlinearity, block.norm1, block.norm2)
+        elif isinstance(block, Transformer2DModel):
+            fused += _fuse_norm(getattr(block, "norm", None))
+        elif isinstance(block, Attention):
+            fused += _fuse_norm(block.group_norm)
         elif type(block) is GEGLU:
             block.__class__ = FusedGEGLU
             fused += 1
-    if getattr(unet, "conv_norm_out", None) is not None:
-        fused += _fuse(unet.conv_act, unet.conv_norm_out)
+        elif hasattr(block, "conv_norm_out"):  # of the UNet, and of a VAE's encoder and decoder
+            fused += _fuse_activation(block.conv_act, block.conv_norm_out)
     return fused
 
 
-def unfuse_unet(unet: nn.Module) -> None:
-    """Take back what `fuse_unet` has done."""
-    for module in unet.modules():
+def fuse_vae(vae: nn.Module) -> int:
+    """Fuse an AutoencoderKL as `fuse_unet` does, and lay out its weights in channels_last: the fused norms pass that on."""
+    vae.to(memory_format=torch.channels_last)
+    return fuse_unet(vae)
+
+
+def unfuse(network: nn.Module) -> None:
+    """Put the stock modules back."""
+    for module in network.modules():
         module.__class__ = _STOCK.get(type(module), type(module))
 
 
-def _fuse(activation: nn.Module, *norms: nn.Module) -> int:
-    modules = (activation, *norms)
-    if type(activation) is not nn.SiLU or not all(type(norm) is nn.GroupNorm and norm.affine for norm in norms):
+def _is_stock(norm: nn.Module | None) -> bool:
+    return type(norm) is nn.GroupNorm and norm.affine
+
+
+def _fuse_norm(norm: nn.Module | None) -> int:
+    if not _is_stock(norm):
         return 0
-    for module in modules:
-        module.__class__ = _FUSED[type(module)]
+    norm.__class__ = FusedGroupNorm
+    return 1
+
+
+def _fuse_activation(activation: nn.Module, *norms: nn.Module) -> int:
+    if type(activation) is not nn.SiLU or not all(map(_is_stock, norms)):
+        return 0
+    activation.__class__ = SiLUDone
+    for norm in norms:
+        norm.__class__ = GroupNormSiLU
     return len(norms)

@@ -367,8 +367,9 @@ def test_triton_where_it_cannot_run_is_refused_with_the_reason(monkeypatch):
     "changes", [{"algorithm": "loop"}, {"objective": "kl_mask", "clip_range": 1e-9, "sampling": {"guidance_scale": 1.0}}]
 )
 def test_a_run_with_the_kernels_gives_the_losses_of_the_reference(make_config, tmp_path, monkeypatch, changes):
-    # the UNet's kernels would take minutes in the interpreter: tests/test_fused_unet.py has them
-    monkeypatch.setattr("fastloop.kernels.unet.fuse_unet", lambda unet: 0)
+    # those of UNet and VAE would take minutes in the interpreter: tests/test_fused_unet.py has them
+    for name in ("fuse_unet", "fuse_vae"):
+        monkeypatch.setattr(f"fastloop.kernels.unet.{name}", lambda network: 0)
     rows = {}
     for name in ("reference", "triton"):
         small = {"sampling": {"steps": 2}, "eval": {"every": 9, "prompts": {"source": "animals", "limit": 1}}}

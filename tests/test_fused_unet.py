@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import make_unet
-from diffusers import UNet2DConditionModel
+from conftest import make_unet, make_vae
+from diffusers import Transformer2DModel, UNet2DConditionModel
 from diffusers.models.activations import GEGLU
 from diffusers.models.resnet import ResnetBlock2D
 from step_cases import pairwise
 from torch.utils.checkpoint import checkpoint
 
-from fastloop.kernels import fuse, fused, group_norm, reference
+from fastloop.denoisers import build_skeleton, ready_denoiser
+from fastloop.kernels import fuse, fuse_vae, fused, group_norm, reference
 from fastloop.kernels.geglu import _geglu
-from fastloop.kernels.unet import FusedGEGLU, GroupNormSiLU, fuse_unet, unfuse_unet
+from fastloop.kernels.unet import FusedGEGLU, FusedGroupNorm, GroupNormSiLU, fuse_unet, unfuse
+from fastloop.memory.traces import Traced
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # N, C, groups, height, width: odd sizes; channels and groups that are no power of 2; several tiles of pixels
@@ -234,7 +236,9 @@ def test_a_fused_unet_gives_the_outputs_and_gradients_of_the_stock_one_and_goes_
     kinds = [type(module) for module in unet.modules()]
     norms = 2 * sum(isinstance(module, ResnetBlock2D) for module in unet.modules()) + 1
     gates = sum(isinstance(module, GEGLU) for module in unet.modules())
-    assert fuse_unet(unet) == norms + gates
+    transformers = sum(isinstance(module, Transformer2DModel) for module in unet.modules())
+    assert fuse_unet(unet) == norms + gates + transformers
+    assert sum(isinstance(m, FusedGroupNorm) for m in unet.modules()) == transformers > 1
     assert sum(isinstance(m, GroupNormSiLU) for m in unet.modules()) == norms > 10
     assert sum(isinstance(m, FusedGEGLU) for m in unet.modules()) == gates > 1
     assert unet.state_dict().keys() == weights.keys()
@@ -242,7 +246,7 @@ def test_a_fused_unet_gives_the_outputs_and_gradients_of_the_stock_one_and_goes_
     for name, value in stock.items():
         assert close(fused_step[name], value, 1e-4), name
     assert fuse_unet(unet) == 0  # all is fused already
-    unfuse_unet(unet)
+    unfuse(unet)
     assert [type(module) for module in unet.modules()] == kinds
     again = step(unet)
     assert all(torch.equal(again[name], value) for name, value in stock.items())
@@ -266,6 +270,37 @@ def test_blocks_that_do_something_else_stay_as_they_are(changes):
     assert all(type(block.nonlinearity) in (torch.nn.SiLU, torch.nn.GELU) for block in blocks)
 
 
+def test_a_fused_vae_decodes_as_the_stock_one_and_in_channels_last():
+    torch.manual_seed(0)
+    vae, z, layouts = make_vae(4).to(DEVICE).eval(), torch.randn(1, 4, 4, 4).to(DEVICE), []
+    vae.decoder.conv_out.register_forward_pre_hook(lambda _, args: layouts.append(args[0].stride()[1]))
+    with torch.no_grad():
+        stock = vae.decode(z).sample
+        fuse_vae(vae, "triton", DEVICE)
+        fused_output = vae.decode(z).sample
+    assert close(fused_output, stock, 1e-4)
+    assert not any(type(module) is torch.nn.GroupNorm for module in vae.modules())
+    assert type(vae.decoder.mid_block.attentions[0].group_norm) is FusedGroupNorm
+    assert layouts == [64, 1]  # from one channel to the next
+
+
+def test_a_run_and_its_plan_fuse_the_same_modules(make_config):
+    config = make_config(kernels="triton")
+    run, plan = ready_denoiser(config, DEVICE), build_skeleton(config.model)
+    Traced(config, plan, accumulates=False, on_gpu=False)
+    of_run, of_plan = (
+        [
+            (part, name.removesuffix(".base_layer"), type(module).__name__)
+            for part, network in denoiser.parts.items()
+            for name, module in network.named_modules()
+            if type(module).__module__ == "fastloop.kernels.unet"
+        ]
+        for denoiser in (run, plan)
+    )
+    assert of_run == of_plan and {part for part, *_ in of_run} == {"unet", "vae"}
+    assert run.vae.decoder.conv_in.weight.stride() == plan.vae.decoder.conv_in.weight.stride()
+
+
 def test_a_fused_block_can_be_recomputed():
     """Under gradient checkpointing the forward runs twice, and must give the same."""
     x, groups, weight, bias, dy = norm_case(SIZES[0])
@@ -278,8 +313,9 @@ def test_a_fused_block_can_be_recomputed():
 
 
 def test_the_dispatch_fuses_for_triton_and_leaves_a_unet_of_the_reference_alone():
-    unet = tiny_unet()
-    fuse(unet, "reference", DEVICE)
-    assert type(unet.conv_norm_out) is torch.nn.GroupNorm
+    unet, vae = tiny_unet(), make_vae(4)
+    fuse(unet, "reference", DEVICE), fuse_vae(vae, "reference", DEVICE)
+    assert type(unet.conv_norm_out) is type(vae.decoder.conv_norm_out) is torch.nn.GroupNorm
+    assert vae.decoder.conv_in.weight.is_contiguous()
     fuse(unet, "triton", DEVICE)
     assert type(unet.conv_norm_out) is GroupNormSiLU

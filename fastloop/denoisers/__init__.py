@@ -47,8 +47,9 @@ def load_denoiser(config: ModelConfig, device: torch.device):
 
 
 def ready_denoiser(config: Config, device: torch.device, adapter: bool = True, trained: bool = False):
-    """Load a model and make it ready, always in this order: weights, residence, adapter, faster modules, the KL's reference.
+    """Load a model and make it ready, always in this order.
 
+    Weights, the VAE's fused kernels, residence, adapter, leaner modules, the network's fused kernels, the KL's reference.
     Trained weights, an engine and compilation come after it.
 
     Args:
@@ -60,6 +61,7 @@ def ready_denoiser(config: Config, device: torch.device, adapter: bool = True, t
     """
     numerics.pin()
     denoiser = load_denoiser(config.model, device)
+    kernels.fuse_vae(denoiser.vae, config.kernels, device)  # before it rests, as its weights are laid out anew
     if config.memory.offload_frozen:
         denoiser.offload_frozen()
     if adapter:

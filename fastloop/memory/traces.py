@@ -120,8 +120,9 @@ class Traced:
         backend = config.kernels if config.kernels != "auto" else "triton" if fused else "reference"
         if backend == "triton":
             from fastloop.kernels import fused as ops
-            from fastloop.kernels.unet import fuse_unet
+            from fastloop.kernels.unet import fuse_unet, fuse_vae
 
+            fuse_vae(skeleton.vae)
             fuse_unet(skeleton.network)
         else:
             ops = kernels.reference
