@@ -150,7 +150,7 @@ def cases_for(device: torch.device, quick: bool) -> list[Case]:
     batches = (1, 64) if quick else (1, 4, 16, 64, 256)
     cases = [step_case(operator, *model, n) for operator in operators for model in (sd, sdxl) for n in batches]
     sizes = [("SD", 320, 64), ("SD", 640, 32), ("SD", 1280, 16), ("SD", 1280, 8)]
-    sizes += [("SDXL", 320, 128), ("SDXL", 640, 64), ("SDXL", 1280, 32)]
+    sizes += [("SDXL", 320, 128), ("SDXL", 640, 64), ("SDXL", 1280, 32), ("VAE", 128, 512)]
     gates = [("SD", 4096, 1280), ("SD", 1024, 2560), ("SD", 256, 5120), ("SDXL", 4096, 2560), ("SDXL", 1024, 5120)]
     if quick:
         cases += [norm_case("SDXL", 640, 64, 8, last) for last in (False, True)]

@@ -43,16 +43,16 @@ def tensors(dtype: torch.dtype, guided: bool, layout: torch.memory_format) -> di
 
 
 def launch_all(every_variant: bool) -> Iterator[dict]:
-    """Launch every operator, in every pair of its kernels' options or as is usual: bfloat16, with guidance, channels_last.
+    """Launch every operator, in every pair of its kernels' options or as is usual: bfloat16, with guidance, in both layouts.
 
     Yields what is said of the launches since the last time.
     """
     dtypes = (torch.bfloat16, torch.float32, torch.float16)[: 3 if every_variant else 1]
-    both, layouts = (True, False)[: 1 + every_variant], LAYOUTS[: 1 + every_variant]
-    sizes = ((320, 64), (1280, 8), (128, 512))[: 1 + 2 * every_variant]  # the last, of a VAE, in stretches
+    both, objectives = (True, False)[: 1 + every_variant], OBJECTIVES if every_variant else ("clipped", "kl_mask")
+    sizes = ((320, 64), (128, 512))[: 1 + every_variant]  # the second, of a VAE, is divided into stretches
     transition._initial_noise(7, torch.arange(ROWS), 4 * 64 * 64)
     yield {}
-    for dtype, guided, layout, objective in pairwise(dtypes, both, layouts, OBJECTIVES):
+    for dtype, guided, layout, objective in pairwise(dtypes, both, LAYOUTS, objectives):
         t = tensors(dtype, guided, layout)
         row, ids = t["row"], t["ids"]
         transition._sample_transition(t["cond"], t["uncond"], t["x_t"], row, row, row, 3.0, 7, ids, 4)
@@ -63,7 +63,7 @@ def launch_all(every_variant: bool) -> Iterator[dict]:
     for dtype in dtypes:
         geglu._geglu_backward(geglu._geglu(torch.zeros(2, 77, 2560, dtype=dtype)), torch.zeros(2, 77, 2560, dtype=dtype))
         yield {"dtype": str(dtype)}
-    for dtype, (channels, side), layout in pairwise(dtypes, sizes, layouts):
+    for dtype, (channels, side), layout in pairwise(dtypes, sizes, LAYOUTS):
         x = torch.empty(1, channels, side, side, dtype=dtype).contiguous(memory_format=layout)
         weight = torch.ones(channels, dtype=dtype)
         y, mean, rstd = group_norm._group_norm(x, 32, weight, weight, 1e-5, True)

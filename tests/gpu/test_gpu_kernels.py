@@ -22,7 +22,7 @@ from fastloop.trainer import Trainer
 
 pytestmark = pytest.mark.gpu
 SD, SDXL = (4, 64, 64), (4, 128, 128)
-NORMS = [(2, 320, 64, 64), (2, 640, 64, 64), (2, 1280, 8, 8), (1, 320, 128, 128), (3, 96, 7, 9)]
+NORMS = [(2, 320, 64, 64), (2, 640, 64, 64), (2, 1280, 8, 8), (1, 320, 128, 128), (3, 96, 7, 9), (1, 128, 512, 512)]  # the last: in stretches
 GATES = [(2, 4096, 2560), (2, 256, 10240), (1, 4096, 5120), (3, 5, 14)]
 # of the largest value: float32 sums of 10^4 to 10^5 terms; half a unit of the last place of 8 and 11 bits, with room
 TOLERANCE = {torch.float32: 3e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -50,7 +50,7 @@ def output_and_gradients(function, inputs: dict) -> list[torch.Tensor]:
     output = function(**leaves)
     g = torch.Generator(DEVICE).manual_seed(2)
     seed = torch.randn(output.shape, generator=g, device=DEVICE).bfloat16()  # exact in the other dtypes
-    seed = torch.empty_like(output).copy_(seed)  # in the output's memory layout
+    seed = torch.empty_like(output).copy_(seed)  # in the output's memory layout, on its device
     return [output.detach(), *torch.autograd.grad(output, list(leaves.values()), seed)]
 
 
@@ -80,10 +80,11 @@ def test_noise_is_the_twins(seed):
     assert abs(got.mean().item()) < 5e-3 and abs(got.std().item() - 1) < 5e-3
 
 
+@pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [SD, SDXL])
-def test_losses_and_gradients_are_the_twins(shape, dtype):
-    arguments = update(case(shape, rows=16, dtype=dtype))
+def test_losses_and_gradients_are_the_twins(shape, dtype, channels_last):
+    arguments = update(case(shape, rows=16, dtype=dtype, channels_last=channels_last))
     terms, grads = gradients(fused, arguments, "clipped")
     want, want_grads = gradients(reference, arguments, "clipped")
     assert torch.equal(terms.log_prob, want.log_prob)
