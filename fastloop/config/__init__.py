@@ -71,8 +71,8 @@ class Config(Strict):
     engine: EngineConfig = Field(EngineConfig(), description="who accumulates gradients and steps, on which device")
     kernels: Literal["auto", "triton", "reference"] = Field(
         "auto",
-        description="implementation of the per-step Gaussian and of parts of the UNet; auto: what the environment variable "
-        "`FASTLOOP_KERNELS` says, else Triton on a GPU and PyTorch elsewhere",
+        description="implementation of the per-step Gaussian and of parts of UNet and VAE; auto: what the environment "
+        "variable `FASTLOOP_KERNELS` says, else Triton on a GPU and PyTorch elsewhere",
     )
     safety: SafetyConfig = Field(SafetyConfig(), description="bounds past which the run stops or warns")
     tracking: TrackingConfig = Field(TrackingConfig(), description="where metrics go beside the run's folder")
