@@ -9,6 +9,7 @@ from fastloop.checkpoints import list_checkpoints, load_checkpoint, load_weights
 from fastloop.config import Config
 from fastloop.denoisers import ready_denoiser
 from fastloop.denoisers.base import Denoiser
+from fastloop.denoisers.parts import DTYPES
 from fastloop.errors import UserError
 from fastloop.preflight import check_device, preflight
 from fastloop.recipes import apply_overrides, load_config, parse_config
@@ -47,6 +48,8 @@ def open_model(path: str, overrides: list[str]) -> tuple[Config, Callable[[], De
             weights, average, state = load_checkpoint(found[-1], config.ema.decay is not None)
             load_weights(denoiser.trainable(), weights if average is None else average)
             print(f"{path}: weights after iteration {state['iteration']}")
+        for part in denoiser.trained_parts.values():
+            part.to(DTYPES[config.model.dtype])  # as the run's engine has them, so that its evaluations can be repeated
         return denoiser
 
     return config, load

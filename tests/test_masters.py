@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from fastloop import trainer as trainer_module
 from fastloop.denoisers import load_denoiser, ready_denoiser
 from fastloop.engines.torch import TorchEngine
+from fastloop.runs import open_model
 from fastloop.trainer import Trainer
 
 CPU = torch.device("cpu")
@@ -99,6 +100,15 @@ def test_export_and_checkpoint_hold_what_is_in_float32(config):
     found = {name.removeprefix("unet."): value for name, value in load_file(file).items()}
     assert whole(found) and same(found, {name.replace(".default", ""): value for name, value in average.items()})
     assert all(p.dtype == torch.bfloat16 for p in trainer.parameters.values())
+    opened = open_model(str(folder), [])[1]()  # as `sample` and `eval` do
+    with trainer.ema.applied():
+        assert torch.equal(*(predicted(denoiser, config) for denoiser in (opened, trainer.denoiser)))
+
+
+@torch.no_grad()
+def predicted(denoiser, config) -> torch.Tensor:
+    x = torch.randn(2, *denoiser.latent_shape(None, None), generator=torch.Generator().manual_seed(0))
+    return denoiser.predict(x, torch.tensor([3, 700]), *denoiser.encode(["a cat", "a dog"], config.sampling))[0]
 
 
 def test_a_resumed_run_goes_on_from_the_masters(make_config, config, values, tmp_path):
@@ -118,15 +128,12 @@ def test_the_reference_is_the_base_model(make_config, values):
     trainer = Trainer(config)
     denoiser = trainer.denoiser
     base = ready_denoiser(config, CPU, adapter=False)  # the files' weights, in half precision
-    x, t = torch.randn(2, *denoiser.latent_shape(None, None)), torch.tensor([3, 700])
-    texts = denoiser.encode(["a cat", "a dog"], config.sampling)
     for p in trainer.parameters.values():
         p.data += 0.1
-    with torch.no_grad(), denoiser.reference():
-        reference = denoiser.predict(x, t, *texts)[0]
-    with torch.no_grad():
-        assert torch.equal(reference, base.predict(x, t, *texts)[0])
-        assert not torch.equal(reference, denoiser.predict(x, t, *texts)[0])
+    with denoiser.reference():
+        reference = predicted(denoiser, config)
+    assert torch.equal(reference, predicted(base, config))
+    assert not torch.equal(reference, predicted(denoiser, config))
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])

@@ -51,9 +51,10 @@ def spread(model: torch.nn.Module, seed: int = 2) -> torch.nn.Module:
     """Weights large enough for outputs that differ."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for p in model.parameters():
+        for name, p in model.named_parameters():
             noise = torch.randn(p.shape, generator=generator)
-            p.copy_(0.6 * noise if p.ndim > 1 else p + 0.1 * noise)
+            drawn = p.ndim > 1 or name.endswith("class_embedding")  # else ones and zeros, not whatever was drawn before
+            p.copy_(0.6 * noise if drawn else p + 0.1 * noise)
     return model.eval()
 
 
