@@ -13,7 +13,7 @@ from torch import nn
 
 from fastloop.config import EngineConfig
 from fastloop.denoisers import load_denoiser
-from fastloop.denoisers.lean import LeanAttention, LeanResnet, LeanTransformer, lighten, lighten_parts, unlighten
+from fastloop.denoisers.lean import LeanAttention, LeanResnet, LeanTransformer, lighten, lighten_parts
 from fastloop.denoisers.lora import LoraLinear, project
 from fastloop.denoisers.unet import FlashAttention
 
@@ -70,7 +70,6 @@ def close(one: dict, other: dict) -> bool:
 
 def test_outputs_gradients_and_names_are_those_of_stock_modules(denoiser):
     stock, names = step(denoiser), denoiser.network.state_dict().keys()
-    kinds = [type(module) for module in denoiser.network.modules()]
     count = lighten(denoiser.network)
     layers = [module for module in denoiser.network.modules() if isinstance(module, lora.Linear)]
     assert count > len(layers) > 20 and all(type(layer) is LoraLinear for layer in layers)
@@ -78,8 +77,6 @@ def test_outputs_gradients_and_names_are_those_of_stock_modules(denoiser):
     assert close(stock, step(denoiser))
     assert denoiser.network.state_dict().keys() == names
     assert lighten(denoiser.network) == 0  # all is done already
-    unlighten(denoiser.network)
-    assert [type(module) for module in denoiser.network.modules()] == kinds and same(stock, step(denoiser))
 
 
 def test_gradients_do_not_change_a_bit_of_the_outputs(denoiser):

@@ -280,14 +280,18 @@ def test_no_room_for_one_is_refused_before_the_model_loads(make_config, free):
         preflight(make_config(memory=AUTO))
 
 
-def test_the_probe_changes_nothing(make_config, free):
+@pytest.mark.parametrize(
+    "model", [{}, {"dtype": "bf16"}, {"adapter": "full", "dtype": "bf16"}], ids=lambda m: "-".join(m.values())
+)
+def test_the_probe_needs_what_was_traced_and_changes_nothing(make_config, free, model):
     free(2**40)
-    config = make_config(memory=AUTO)
+    config = make_config(memory=AUTO, model=model)
     checked = preflight(config)
     denoiser = load_denoiser(config.model, CPU)
     denoiser.train_adapter(False, seed=0)
-    random = torch.get_rng_state()
+    random, dtypes = torch.get_rng_state(), [p.dtype for p in denoiser.network.parameters()]
     assert probed_factor(denoiser, checked.config, checked.traced) < 1.02
+    assert [p.dtype for p in denoiser.network.parameters()] == dtypes
     assert all(p.grad is None for p in denoiser.trainable().values())
     assert torch.equal(random, torch.get_rng_state())
 

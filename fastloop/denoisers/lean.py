@@ -1,4 +1,4 @@
-"""Modules of diffusers and peft that launch less for the same result: put in by `lighten`, taken out by `unlighten`.
+"""Modules of diffusers and peft that launch less for the same result: put in by `lighten`.
 
 Modules change their class, nothing else: parameters, names, files, merging and switching adapters off stay as they are.
 """
@@ -53,15 +53,6 @@ class LeanTransformer(Transformer2DModel):
         return (hidden_states if self.use_linear_projection else self.proj_out(hidden_states)) + residual
 
 
-_STOCK = {
-    LoraLinear: lora.Linear,
-    LeanAttention: Attention,
-    LeanResnet: ResnetBlock2D,
-    LeanTransformer: Transformer2DModel,
-}
-_LEAN = {stock: lean for lean, stock in _STOCK.items()}
-
-
 def lighten_parts(denoiser, engine: EngineConfig) -> None:
     """Lighten what is trained, but with ZeRO 3: it gathers weights where layers are called, and here some are not."""
     if engine.zero_stage != 3:
@@ -75,16 +66,10 @@ def lighten(model: nn.Module) -> int:
     Returns:
         The number of modules that changed.
     """
-    chosen = [module for module in model.modules() if type(module) in _LEAN and _CAN_BE[type(module)](module)]
+    chosen = [module for module in model.modules() if type(module) in _LEAN and _LEAN[type(module)][1](module)]
     for module in chosen:
-        module.__class__ = _LEAN[type(module)]
+        module.__class__ = _LEAN[type(module)][0]
     return len(chosen)
-
-
-def unlighten(model: nn.Module) -> None:
-    """Take back what `lighten` has done."""
-    for module in model.modules():
-        module.__class__ = _STOCK.get(type(module), type(module))
 
 
 def _attention(module: Attention) -> bool:
@@ -104,9 +89,9 @@ def _drops(dropout: nn.Dropout) -> bool:
     return dropout.p > 0
 
 
-_CAN_BE = {
-    lora.Linear: can_be_ours,
-    Attention: _attention,
-    ResnetBlock2D: _resnet,
-    Transformer2DModel: lambda module: module.is_input_continuous,
+_LEAN = {  # by the stock class: ours, and whether a module can be it
+    lora.Linear: (LoraLinear, can_be_ours),
+    Attention: (LeanAttention, _attention),
+    ResnetBlock2D: (LeanResnet, _resnet),
+    Transformer2DModel: (LeanTransformer, lambda module: module.is_input_continuous),
 }

@@ -12,9 +12,11 @@ from fastloop import kernels
 from fastloop.batches import Batches
 from fastloop.config import Config
 from fastloop.denoisers.base import Denoiser
+from fastloop.denoisers.parts import DTYPES
 from fastloop.errors import UserError
 from fastloop.memory.estimates import memory_needs
 from fastloop.memory.traces import TRACED, LiveBytes, Traced, update_loss
+from fastloop.optimizers import holding
 from fastloop.ranks import Ranks
 
 FILL = 0.9  # of the free memory that automatic batches may fill; the rest is for what is not traced
@@ -92,20 +94,29 @@ def with_batches(config: Config, chosen: Chosen) -> Config:
 def probed_factor(denoiser: Denoiser, config: Config, traced: Traced) -> float:
     """Measure how much more a real forward and backward needs than the traced one, at the chosen batch or what of it fits.
 
-    Gradients are computed and thrown away, so that neither the model nor the random numbers change.
+    With weights in the dtype that an engine gives them. Gradients are computed and thrown away, as they come where the trace
+    does so, and neither the model nor the random numbers change.
     """
     ops = kernels.backend(config.kernels, denoiser.device)
-    parameters, batch = list(denoiser.trainable().values()), config.memory.update_batch
+    trained, batch = denoiser.trainable(), config.memory.update_batch
+    rounded = {name: p.detach().to(DTYPES[config.model.dtype]) for name, p in trained.items()}
     while True:
         try:
-            with LiveBytes() if denoiser.device.type == "cpu" else _CudaBytes(denoiser.device) as live:
-                torch.autograd.grad(update_loss(denoiser, config, ops, batch), parameters)
+            with (
+                holding(trained, rounded),
+                traced.gradients_of(trained.values()),
+                LiveBytes() if denoiser.device.type == "cpu" else _CudaBytes(denoiser.device) as live,
+            ):
+                update_loss(denoiser, config, ops, batch).backward()
             return max(1.0, live.peak / traced.update.peak(batch))
         except torch.OutOfMemoryError:
             if batch == 1:
                 raise UserError(
                     "memory.update_batch: auto: the device has no room for one pair: see docs/memory.md for what to switch on"
                 ) from None
+        finally:
+            for p in trained.values():
+                p.grad = None
         batch //= 2  # outside of the handler, which holds on to what did not fit
         torch.cuda.empty_cache()
 

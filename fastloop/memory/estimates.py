@@ -110,7 +110,6 @@ class Shards:
         self.deepspeed = engine.name == "deepspeed"
         self.stage, self.world = (engine.zero_stage if self.deepspeed else 0), world
         self.half = config.model.dtype != "fp32"
-        self.rounds = self.half and not self.deepspeed  # as `TorchEngine` does
         self.size = 2 if self.deepspeed and self.half else 4
         self.accumulated = 4 if config.model.dtype != "fp16" else 2
         self.offloads = engine.offload_optimizer
@@ -130,8 +129,7 @@ class Shards:
 
     def masters(self, trained: int) -> int:
         """Return the bytes of float32 weights behind so many trained parameters; 0 where there are none."""
-        behind = self.half or self.stage if self.deepspeed else self.rounds
-        return 4 * self._of(trained, 1) if behind else 0
+        return 4 * self._of(trained, 1) if self.half or self.stage else 0
 
     def gradients(self, trained: int) -> int:
         """Return the bytes of gradients when the optimizer steps."""
@@ -144,7 +142,7 @@ class Shards:
     def in_backward(self, trained: int) -> int:
         """Return the bytes in a backward beside the gradients that the model itself holds."""
         if not self.deepspeed:
-            return 4 * trained if self.rounds else 0
+            return 4 * trained if self.half else 0  # the masters' sums
         bucket = 2 * self.size * min(BUCKET, trained)
         if self.stage < 2:
             return bucket + (self.accumulated * trained if self.half else 0)

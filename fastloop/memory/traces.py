@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from types import ModuleType
 
 import numpy as np
@@ -128,7 +129,6 @@ class Traced:
             ops = kernels.reference
         self.ops = ops
         half, stage = config.model.dtype != "fp32", config.engine.zero_stage or 0
-        self._engine_casts = config.engine.name == "deepspeed" or half
         rounds = config.engine.name == "torch" and half
         # gradients of half precision are added up elsewhere, and ZeRO shares them out
         self._accumulates = accumulates and not rounds and stage < 2
@@ -136,17 +136,12 @@ class Traced:
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         with self.fake:
             for module in skeleton.parts.values():
-                if self._engine_casts and module in skeleton.trained_parts.values():
-                    module.to(DTYPES[config.model.dtype])
+                if module in skeleton.trained_parts.values():
+                    module.to(DTYPES[config.model.dtype])  # as an engine does
                 make_fake(module)
-            skeleton.device = torch.device("cpu")  # autocast and the choice of operators go by it
-            if self._engine_casts:
-                skeleton.forward = lambda *args, **kwargs: skeleton.network(*args, **kwargs)  # as in an engine: no autocast
+            skeleton.device = torch.device("cpu")  # the choice of operators goes by it
             if config.kl.weight:
                 skeleton.keep_reference()
-            if self._hands_over:  # gradients go to their ranks or masters as they come
-                for p in skeleton.trainable().values():
-                    p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
             self.encode = self._encode()
         self.rollout, self.decode = self._phase(self._rollout), Phase(self._decode, self.fake)
         self.update = self.new_update()
@@ -184,9 +179,23 @@ class Traced:
             self.denoiser.to_bytes(self.denoiser.to_pictures(torch.empty(batch, *self.shape)))
 
     def _update(self, batch: int) -> None:
-        for p in self.denoiser.trainable().values():
+        parameters = self.denoiser.trainable().values()
+        for p in parameters:
             p.grad = torch.empty_like(p) if self._accumulates else None
-        update_loss(self.denoiser, self.config, self.ops, batch).backward()
+        with self.gradients_of(parameters):
+            update_loss(self.denoiser, self.config, self.ops, batch).backward()
+
+    @contextmanager
+    def gradients_of(self, parameters: Iterable[torch.nn.Parameter]) -> Iterator[None]:
+        """Have backwards leave gradients as an engine does: none where they go to ranks or masters as they come."""
+        hooks = []
+        if self._hands_over:
+            hooks = [p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None)) for p in parameters]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
 
 def inputs(denoiser: Denoiser, config: Config, batch: int) -> tuple:
