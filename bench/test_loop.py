@@ -83,12 +83,12 @@ def test_storing_a_denoising_step(benchmark):
     assert torch.equal(latents[0], x)
 
 
-def test_taking_a_micro_batch_of_pairs(benchmark):
+def test_taking_a_micro_batch_of_rows(benchmark):
     latents = torch.randn((STEPS + 1, IMAGES, *LATENT), device=DEVICE)
-    stored = Trajectories(latents, torch.zeros(STEPS, IMAGES), [""] * IMAGES, torch.arange(IMAGES), None)
-    at = torch.stack([torch.randperm(IMAGES), torch.randint(STEPS, (IMAGES,))], 1)
-    i, step = at.to(DEVICE).unbind(1)
-    x_t, x_prev = benchmark(finished(lambda: stored.pairs(at, i, step)))
+    log_probs, ids = torch.zeros(STEPS, IMAGES, device=DEVICE), torch.arange(IMAGES, device=DEVICE)
+    transitions = Trajectories(latents, log_probs, [""] * IMAGES, ids, None).transitions(torch.arange(STEPS))
+    rows = torch.randperm(len(transitions))[:IMAGES]
+    x_t, x_prev = benchmark(finished(lambda: transitions.latents(transitions.at(rows))))
     assert x_t.shape == x_prev.shape == (IMAGES, *LATENT)
 
 

@@ -97,3 +97,9 @@ def test_the_table_has_what_the_kernels_are_compiled_to_without_a_gpu(kernel_tab
     assert cells["launches"] == "1" and int(cells["instructions"]) == code[0]["instructions"] > 50
     assert cells["loads"] == " + ".join(f"{count}x{size}" for size, count in code[0]["loads"].items()) != "0"
     assert kernel_table.code_cells(code[:1] * 2)[:2] == ["2", str(2 * code[0]["instructions"])]
+
+
+def test_what_runs_beside_the_model_can_still_be_timed():
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--benchmark-disable", BENCH / "test_loop.py"]
+    done = subprocess.run(command, cwd=BENCH.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
