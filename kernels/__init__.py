@@ -64,17 +64,9 @@ def backend(name: str, device: torch.device) -> ModuleType:
     return fused
 
 
-def fuse(unet: torch.nn.Module, name: str, device: torch.device) -> None:
-    """Put the fused modules into a diffusers UNet where the backend of a device is Triton; raises as `choose`."""
+def fuse(network: torch.nn.Module, name: str, device: torch.device) -> None:
+    """Put the fused modules into a diffusers UNet or VAE where the backend of a device is Triton; raises as `choose`."""
     if choose(name, device) == "triton":
-        from .unet import fuse_unet
+        from .unet import fuse_network
 
-        fuse_unet(unet)
-
-
-def fuse_vae(vae: torch.nn.Module, name: str, device: torch.device) -> None:
-    """Put them into a diffusers VAE, in channels_last, where the backend of a device is Triton; raises as `choose`."""
-    if choose(name, device) == "triton":
-        from . import unet
-
-        unet.fuse_vae(vae)
+        fuse_network(network)

@@ -1,11 +1,10 @@
-"""The fused modules in a diffusers UNet and VAE: put in by `fuse_unet` and `fuse_vae`, taken out by `unfuse`.
+"""The fused modules in a diffusers UNet and VAE: put in by `fuse_network`, taken out by `unfuse`.
 
 Modules change their class, nothing else: parameters, names, hooks and saved weights stay those of stock diffusers.
 """
 
 from __future__ import annotations
 
-import torch
 from diffusers import Transformer2DModel
 from diffusers.models.activations import GEGLU
 from diffusers.models.attention_processor import Attention
@@ -50,8 +49,8 @@ class FusedGEGLU(GEGLU):
 _STOCK = {FusedGroupNorm: nn.GroupNorm, GroupNormSiLU: nn.GroupNorm, SiLUDone: nn.SiLU, FusedGEGLU: GEGLU}
 
 
-def fuse_unet(unet: nn.Module) -> int:
-    """Fuse what can be: norms, those of residual blocks and of the output with their SiLU, and gated linear units.
+def fuse_network(network: nn.Module) -> int:
+    """Fuse what can be in a UNet or an AutoencoderKL: gated linear units and norms, those before a SiLU together with it.
 
     A block with another activation, or whose second norm is scaled and shifted before the activation, stays as it is.
 
@@ -59,7 +58,7 @@ def fuse_unet(unet: nn.Module) -> int:
         The number of norms and gates that are fused now.
     """
     fused = 0
-    for block in unet.modules():
+    for block in network.modules():
         if isinstance(block, ResnetBlock2D) and block.time_embedding_norm != "scale_shift":  # a VAE's says `group`
             fused += _fuse_activation(block.nonlinearity, block.norm1, block.norm2)
         elif isinstance(block, Transformer2DModel):
@@ -72,12 +71,6 @@ def fuse_unet(unet: nn.Module) -> int:
         elif hasattr(block, "conv_norm_out"):  # of the UNet, and of a VAE's encoder and decoder
             fused += _fuse_activation(block.conv_act, block.conv_norm_out)
     return fused
-
-
-def fuse_vae(vae: nn.Module) -> int:
-    """Fuse an AutoencoderKL as `fuse_unet` does, and lay out its weights in channels_last: the fused norms pass that on."""
-    vae.to(memory_format=torch.channels_last)
-    return fuse_unet(vae)
 
 
 def unfuse(network: nn.Module) -> None:

@@ -368,8 +368,7 @@ def test_triton_where_it_cannot_run_is_refused_with_the_reason(monkeypatch):
 )
 def test_a_run_with_the_kernels_gives_the_losses_of_the_reference(make_config, tmp_path, monkeypatch, changes):
     # those of UNet and VAE would take minutes in the interpreter: tests/test_fused_unet.py has them
-    for name in ("fuse_unet", "fuse_vae"):
-        monkeypatch.setattr(f"fastloop.kernels.unet.{name}", lambda network: 0)
+    monkeypatch.setattr("fastloop.kernels.unet.fuse_network", lambda network: 0)
     rows = {}
     for name in ("reference", "triton"):
         small = {"sampling": {"steps": 2}, "eval": {"every": 9, "prompts": {"source": "animals", "limit": 1}}}

@@ -13,13 +13,13 @@ from torch import nn
 
 from fastloop.config import EngineConfig
 from fastloop.denoisers import load_denoiser
-from fastloop.denoisers.lean import LeanAttention, LeanResnet, LeanTransformer, lighten, lighten_parts
+from fastloop.denoisers.lean import FrozenConv, LeanAttention, LeanResnet, LeanTransformer, lighten, lighten_parts
 from fastloop.denoisers.lora import LoraLinear, project
 from fastloop.denoisers.unet import FlashAttention
 
 CPU = torch.device("cpu")
 EVERYWHERE = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"]
-KINDS = {LoraLinear, LeanAttention, LeanResnet, LeanTransformer}
+KINDS = {FrozenConv, LoraLinear, LeanAttention, LeanResnet, LeanTransformer}
 
 
 @pytest.fixture(params=["tiny_sd", "tiny_sdxl"])
@@ -77,6 +77,29 @@ def test_outputs_gradients_and_names_are_those_of_stock_modules(denoiser):
     assert close(stock, step(denoiser))
     assert denoiser.network.state_dict().keys() == names
     assert lighten(denoiser.network) == 0  # all is done already
+
+
+def test_frozen_convolutions_keep_no_input_and_give_the_same_bits(denoiser):
+    def saved() -> tuple[dict, int]:
+        kept = {}
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.setdefault(x.data_ptr(), x.nbytes) and x, lambda x: x):
+            found = step(denoiser)
+        return found, sum(kept.values())
+
+    def convolutions() -> list[nn.Module]:
+        return [module for module in denoiser.network.modules() if isinstance(module, nn.Conv2d)]
+
+    inputs = []
+    for module in convolutions():
+        module.register_forward_pre_hook(lambda _, args: inputs.append(args[0].nbytes))
+    stock, before = saved()
+    assert {type(module) for module in convolutions()} == {nn.Conv2d}
+    inputs.clear()
+    for module in convolutions():
+        module.__class__ = FrozenConv
+    frozen, after = saved()
+    assert same(stock, frozen)
+    assert before - after > sum(inputs) / 2  # of the others a norm before or beside the convolution keeps them
 
 
 def test_gradients_do_not_change_a_bit_of_the_outputs(denoiser):

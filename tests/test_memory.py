@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastloop.batches import Batches, micro_batches, shuffled
-from fastloop.denoisers import build_skeleton, load_denoiser
+from fastloop.denoisers import build_skeleton, load_denoiser, ready_denoiser
 from fastloop.errors import UserError
 from fastloop.memory.choosing import choose, free_bytes, probed_factor
 from fastloop.preflight import preflight
@@ -287,8 +287,7 @@ def test_the_probe_needs_what_was_traced_and_changes_nothing(make_config, free, 
     free(2**40)
     config = make_config(memory=AUTO, model=model)
     checked = preflight(config)
-    denoiser = load_denoiser(config.model, CPU)
-    denoiser.train_adapter(False, seed=0)
+    denoiser = ready_denoiser(config, CPU, trained=True)
     random, dtypes = torch.get_rng_state(), [p.dtype for p in denoiser.network.parameters()]
     assert probed_factor(denoiser, checked.config, checked.traced) < 1.02
     assert [p.dtype for p in denoiser.network.parameters()] == dtypes

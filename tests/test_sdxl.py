@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from stock_sdxl import PROMPTS, gap, levels, our_run, pictures, stock, stock_run
 
 from fastloop.config import ModelConfig, SamplingConfig
-from fastloop.denoisers import build_skeleton, load_denoiser
+from fastloop.denoisers import build_skeleton, load_denoiser, ready_denoiser
 from fastloop.errors import RunFailed, UserError
 from fastloop.kernels.reference import initial_noise
 from fastloop.memory.traces import LiveBytes, Traced
@@ -185,7 +185,7 @@ def test_the_plan_counts_both_text_encoders_and_what_a_real_forward_keeps(make_c
         rows = [line.split() for line in plan(config)]
     for name in ("text_encoder", "text_encoder_2"):
         assert [*name.split("_"), f"{sum(p.numel() for p in denoiser.parts[name].parameters()):,}"] in rows
-    denoiser = trainable(tiny_sdxl)
+    denoiser = ready_denoiser(config, CPU, trained=True)
     with LiveBytes() as live:
         x, text = torch.empty(3, 4, 8, 8).normal_(), denoiser.condition([denoiser.blank_embedding()] * 3, config.sampling)
         outputs = denoiser.predict(x, torch.zeros(3, dtype=torch.int64), text, text)

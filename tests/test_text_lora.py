@@ -14,7 +14,7 @@ from stock_sdxl import levels, pictures, stock, stock_run
 
 from fastloop import kernels
 from fastloop.config import ModelConfig, SamplingConfig
-from fastloop.denoisers import load_denoiser
+from fastloop.denoisers import load_denoiser, ready_denoiser
 from fastloop.errors import UserError
 from fastloop.memory.traces import LiveBytes, Traced, update_loss
 from fastloop.plan import plan, planned_memory
@@ -174,7 +174,7 @@ def test_the_plan_counts_adapters_and_what_the_text_encoders_keep_for_the_backwa
     config = make_config(model={"path": path, **TEXT}, **whole)
     plain = make_config(model={"path": path, "lora": {"rank": 2}}, **whole)
     rows = [line.split() for line in plan(config)]
-    denoiser = trained(path)
+    denoiser = ready_denoiser(config, CPU, trained=True)
     assert ["trained", f"{sum(p.numel() for p in denoiser.trainable().values()):,}"] in rows
     base = load_denoiser(config.model, CPU)
     for name, encoder in base.text_encoders.items():

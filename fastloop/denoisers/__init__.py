@@ -61,7 +61,7 @@ def ready_denoiser(config: Config, device: torch.device, adapter: bool = True, t
     """
     numerics.pin()
     denoiser = load_denoiser(config.model, device)
-    kernels.fuse_vae(denoiser.vae, config.kernels, device)  # before it rests, as its weights are laid out anew
+    kernels.fuse(denoiser.vae, config.kernels, device)
     if config.memory.offload_frozen:
         denoiser.offload_frozen()
     if adapter:

@@ -67,6 +67,7 @@ class Denoiser(Adapters, Residence, Export):
         for module in self.parts.values():
             module.requires_grad_(False).to(device).eval()  # eval: no dropout, so that ratios start at 1
         self.prepare_network()
+        vae.to(memory_format=torch.channels_last)
         if config.vae.tile:
             vae.enable_tiling()
             vae.tile_sample_min_size, vae.tile_latent_min_size = config.vae.tile, config.vae.tile // self.scale_factor

@@ -5,6 +5,7 @@ Modules change their class, nothing else: parameters, names, files, merging and 
 
 from __future__ import annotations
 
+import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
@@ -53,6 +54,37 @@ class LeanTransformer(Transformer2DModel):
         return (hidden_states if self.use_linear_projection else self.proj_out(hidden_states)) + residual
 
 
+class FrozenConv(nn.Conv2d):
+    """A convolution whose weights are not trained: it keeps no input for their gradient, as PyTorch's own does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the convolution of (N, C, H, W)."""
+        if x.dtype != self.weight.dtype or torch.is_autocast_enabled(x.device.type):
+            return super().forward(x)
+        return _Convolve.apply(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+
+
+class _Convolve(torch.autograd.Function):
+    """The same operator with gradients and without, so that the policy that is trained is the one that sampled."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, *how) -> Tensor:
+        ctx.save_for_backward(weight)
+        ctx.shape, ctx.strides, ctx.how = x.shape, x.stride(), how
+        return F.conv2d(x, weight, bias, *how)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        (weight,) = ctx.saved_tensors
+        for_x = None
+        if ctx.needs_input_grad[0]:
+            x = gradient.new_empty_strided(ctx.shape, ctx.strides)  # only its layout is looked at
+            stride, padding, dilation, groups = ctx.how
+            how = stride, padding, dilation, False, [0, 0], groups, [True, False, False]
+            for_x = torch.ops.aten.convolution_backward(gradient, x, weight, None, *how)[0]
+        return for_x, *[None] * 6
+
+
 def lighten_parts(denoiser, engine: EngineConfig) -> None:
     """Lighten what is trained, but with ZeRO 3: it gathers weights where layers are called, and here some are not."""
     if engine.zero_stage != 3:
@@ -84,6 +116,11 @@ def _resnet(module: ResnetBlock2D) -> bool:
     return timed and not resizes and module.output_scale_factor == 1 and not _drops(module.dropout)
 
 
+def _frozen(module: nn.Conv2d) -> bool:
+    plain = module.padding_mode == "zeros" and not isinstance(module.padding, str)
+    return plain and not any(p.requires_grad for p in module.parameters())
+
+
 def _drops(dropout: nn.Dropout) -> bool:
     """Whether it does something in training mode."""
     return dropout.p > 0
@@ -93,5 +130,6 @@ _LEAN = {  # by the stock class: ours, and whether a module can be it
     lora.Linear: (LoraLinear, can_be_ours),
     Attention: (LeanAttention, _attention),
     ResnetBlock2D: (LeanResnet, _resnet),
+    nn.Conv2d: (FrozenConv, _frozen),
     Transformer2DModel: (LeanTransformer, lambda module: module.is_input_continuous),
 }

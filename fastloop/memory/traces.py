@@ -121,10 +121,10 @@ class Traced:
         backend = config.kernels if config.kernels != "auto" else "triton" if fused else "reference"
         if backend == "triton":
             from fastloop.kernels import fused as ops
-            from fastloop.kernels.unet import fuse_unet, fuse_vae
+            from fastloop.kernels.unet import fuse_network
 
-            fuse_vae(skeleton.vae)
-            fuse_unet(skeleton.network)
+            fuse_network(skeleton.vae)
+            fuse_network(skeleton.network)
         else:
             ops = kernels.reference
         self.ops = ops
