@@ -151,6 +151,14 @@ class Batches:
         return self.config.sampling.steps * calls[0] * rollout + 3 * self.config.updates_per_rollout * calls[1] * update
 
 
+def evaluation_batch(config: Config, most: int) -> int:
+    """Return the trajectories per call of the network in evaluations, where rollouts may have so many at most.
+
+    As many, but half where only evaluations are guided: the network then has as many rows in both.
+    """
+    return min(most, max(1, most * config.sampling.branches // config.eval_sampling.branches))
+
+
 def evened(rows: int, most: int) -> int:
     """Return the size of the fewest batches of at most ``most`` rows, as even as they can be."""
     return -(-rows // -(-rows // most))

@@ -177,6 +177,7 @@ def _sample(args: argparse.Namespace) -> int:
     import torch
     from PIL import Image
 
+    from fastloop.batches import evaluation_batch
     from fastloop.evaluation import EVAL_STREAM
     from fastloop.grids import image_grid
     from fastloop.rollout import rollout, sampler_table
@@ -185,7 +186,7 @@ def _sample(args: argparse.Namespace) -> int:
     if args.images < 1 or not 0 <= args.seed < 2**32:
         raise UserError("--images: at least 1" if args.images < 1 else "--seed: 0 to 4294967295")
     config, load = open_model(args.config, args.overrides)
-    table = sampler_table(config.model, config.sampling, config.eval.steps)
+    table = sampler_table(config.model, config.eval_sampling)
     _probe("--out", args.out, make=True)
     prompts = [prompt for prompt in args.prompt for _ in range(args.images)]
     sampled = rollout(
@@ -193,9 +194,9 @@ def _sample(args: argparse.Namespace) -> int:
         table,
         prompts,
         torch.arange(len(prompts)),
-        sampling=config.sampling,
+        sampling=config.eval_sampling,
         seed=EVAL_STREAM | args.seed,
-        batch=config.memory.rollout_batch,
+        batch=evaluation_batch(config, config.memory.rollout_batch),
         vae_batch=config.memory.vae_batch,
         backend=config.kernels,
         keep="none",
@@ -225,7 +226,7 @@ def _eval(args: argparse.Namespace) -> int:
         _probe("--json", args.json.parent)
     config, load = open_model(args.config, args.overrides)
     prompts = load_prompts(config.eval.prompts, "eval.prompts")
-    sampler_table(config.model, config.sampling, config.eval.steps)  # refuses what it must before the model loads
+    sampler_table(config.model, config.eval_sampling)  # refuses what it must before the model loads
     size = build_skeleton(config.model).image_size(config.sampling)
     own = config.eval.rewards
     rewards = Rewards(own or config.rewards, prompts, size, "eval.rewards" if own else "rewards")

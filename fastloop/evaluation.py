@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from fastloop.batches import evaluation_batch
 from fastloop.config import Config
 from fastloop.prompts import Prompt
 from fastloop.ranks import ALONE, Ranks
@@ -80,6 +81,8 @@ def evaluate(
 ) -> Evaluation:
     """Sample ``eval.images_per_prompt`` images of each prompt, on noise that ``eval.seed`` alone decides, and score them.
 
+    The sampler is that of `Config.eval_sampling`.
+
     All ranks call it and get the whole. ``leave`` is as for `scored_rollout`.
 
     Raises:
@@ -88,19 +91,19 @@ def evaluate(
     m = config.eval.images_per_prompt
     repeated = [prompt for prompt in prompts for _ in range(m)]
     share = len(ranks.padded(len(repeated)))
-    table = sampler_table(config.model, config.sampling, config.eval.steps)
+    sampling = config.eval_sampling
     sampled = scored_rollout(
         denoiser,
-        table,
+        sampler_table(config.model, sampling),
         repeated,
         torch.arange(len(repeated)),
         rewards,
         ranks,
         title="  evaluation",
         leave=leave,
-        sampling=config.sampling,
+        sampling=sampling,
         seed=EVAL_STREAM | config.eval.seed,
-        batch=min(config.memory.rollout_batch, share),
+        batch=min(evaluation_batch(config, config.memory.rollout_batch), share),
         fill=denoiser.compiled,
         vae_batch=config.memory.vae_batch,
         backend=config.kernels,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastloop.batches import Batches
+from fastloop.batches import Batches, evaluation_batch
 from fastloop.compiling import planned_line
 from fastloop.config import Config
 from fastloop.denoisers.base import Denoiser
@@ -54,7 +54,7 @@ def overview(checked: Checked, ranks: int = 1) -> list[str]:
 def derived_lines(batches: Batches) -> list[str]:
     """Write lines about the arithmetic of an iteration, as the trainer runs it."""
     config, n, kept, micro = batches.config, batches.config.images_per_rollout, batches.kept, batches.micro_batches
-    branches = 1 if config.sampling.guidance_scale == 1 else 2
+    branches = config.sampling.branches
     rollout_forwards = branches * config.sampling.steps
     update_forwards = branches * kept * config.passes_per_rollout
     return [
@@ -70,9 +70,21 @@ def derived_lines(batches: Batches) -> list[str]:
         f"{micro} micro-batch{'es' if micro > 1 else ''} of {batches.update}{_copies(batches.rows_of_rank, batches.update)}",
         f"work         per image: {rollout_forwards} UNet forwards in the rollout, {update_forwards} forwards and backwards "
         f"in the updates",
+        *_evaluation_line(config),
         f"in all       {config.iterations} iterations, {config.iterations * n:,} images, "
         f"{config.iterations * config.updates_per_rollout:,} optimizer steps",
     ]
+
+
+def _evaluation_line(config: Config) -> list[str]:
+    """Say how evaluations sample, where training samples otherwise."""
+    own = config.eval_sampling
+    if own == config.sampling:
+        return []
+    guidance = "no guidance" if own.branches == 1 else f"guidance {own.guidance_scale:g}"
+    negative = f", negative prompt {own.negative_prompt!r}" if own.branches == 2 and own.negative_prompt else ""
+    batch = evaluation_batch(config, config.memory.rollout_batch)
+    return [f"evaluation   {own.steps} steps, eta {own.eta:g}, {guidance}{negative}, {batch} at a time"]
 
 
 def _copies(rows: int, size: int) -> str:
@@ -111,7 +123,7 @@ def network_seconds(batches: Batches, it_per_s: float) -> tuple[float, float]:
     checkpointing adds the forward that is done again. Rewards, decoding and the optimizer are not in it.
     """
     config = batches.config
-    branches = 1 if config.sampling.guidance_scale == 1 else 2
+    branches = config.sampling.branches
     backward = (1 if config.model.adapter == "lora" else 2) + (1 if config.memory.gradient_checkpointing else 0)
     sampled, trained = -(-batches.share // batches.rollout) * batches.rollout, batches.micro_batches * batches.update
     rollout = sampled * config.sampling.steps * branches / it_per_s

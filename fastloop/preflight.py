@@ -109,8 +109,7 @@ def preflight(config: Config, ranks: Ranks = ALONE, resume: bool = False, gpu: b
     prompts = load_prompts(config.prompts)
     eval_prompts = load_prompts(config.eval.prompts, "eval.prompts")
     table = sampler_table(config.model, config.sampling)
-    if config.eval.steps is not None:
-        sampler_table(config.model, config.sampling, config.eval.steps)
+    sampler_table(config.model, config.eval_sampling)
     steps_trained = trained_steps(table, config)
     earlier = _earlier(config, ranks) if resume else None
     if config.model.compile == "auto" and earlier and earlier.model.compile != "auto":
@@ -185,6 +184,7 @@ def confirm(checked: Checked, denoiser: Denoiser, ranks: Ranks) -> tuple[Config,
 
 
 def distinct_texts(config: Config, prompts: list[Prompt], eval_prompts: list[Prompt]) -> int:
-    """Count the texts that a run encodes, at most: its prompts, the held-out ones and the negative prompt."""
+    """Count the texts that a run encodes, at most: its prompts, the held-out ones and the negative prompts."""
     drawn = min(len({prompt.text for prompt in prompts}), config.iterations * config.prompts_per_step)
-    return drawn + len({prompt.text for prompt in eval_prompts}) + 1
+    negative = {config.sampling.negative_prompt, config.eval_sampling.negative_prompt}
+    return drawn + len({prompt.text for prompt in eval_prompts}) + len(negative)

@@ -255,12 +255,12 @@ def gather_scores(rewards: Rewards, ranks: Ranks, n: int) -> Scores:
     return rewards.total({name: ranks.gather_shares(values, n) for name, values in own.items()})
 
 
-def sampler_table(model: ModelConfig, sampling: SamplingConfig, steps: int | None = None) -> TransitionTable:
+def sampler_table(model: ModelConfig, sampling: SamplingConfig) -> TransitionTable:
     """Return the transitions of a model's scheduler; loads no weights. Raises ``UserError`` where they cannot be used."""
     path = model_source(model)
     family(path, model)  # refuses what cannot be trained, whatever its scheduler
     scheduler = read_json(path, model, "scheduler_config.json", "scheduler")
     try:
-        return transition_table(scheduler, steps or sampling.steps, sampling.eta)
+        return transition_table(scheduler, sampling.steps, sampling.eta)
     except (ValueError, TypeError) as error:
         raise UserError(f"the scheduler of model.path={path}: {error}") from None

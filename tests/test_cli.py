@@ -419,7 +419,7 @@ def test_weights_of_a_variant_that_is_not_there_are_refused_with_its_name(recipe
         ("engine.device=meta", "engine.device: 'meta' is not supported: use auto, cpu, cuda or cuda:N"),
         ("engine.device=cuda:99", "engine.device: cuda:99 is not there ("),
         ("sampling.steps=1001", "steps=1001: must be between 1 and the scheduler's num_train_timesteps=1000"),
-        ("eval.steps=1001", "steps=1001: must be between 1 and the scheduler's num_train_timesteps=1000"),
+        ("eval.sampling.steps=1001", "steps=1001: must be between 1 and the scheduler's num_train_timesteps=1000"),
         ("updates_per_rollout=25", "updates_per_rollout: 25 updates, but a rollout has only 24 (trajectory, timestep) pairs"),
         (
             "model.lora.target_modules=[to_nothing]",

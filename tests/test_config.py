@@ -94,7 +94,7 @@ def test_a_dumped_configuration_reads_back_the_same(load):
         model: {path: ./folder, adapter: full, lora: {rank: 3, alpha: 1.5, target_modules: [to_q]}, dtype: bf16}
         prompts: {source: list.jsonl, limit: 7}
         rewards: [{name: shapes, weight: 0.1}, {name: 'a:b', params: {text: x, number: 1.0e-7, flag: true, list: [1]}}]
-        eval: {rewards: [{name: jpeg_compressibility, weight: -2}], steps: 5}
+        eval: {rewards: [{name: jpeg_compressibility, weight: -2}], sampling: {steps: 5}}
         optimizer: {lr: 1.2345678901234567e-5, betas: [0.5, 0.75]}
         ema: {decay: 0.99}
         output_dir: "runs/é: #x"
@@ -103,6 +103,16 @@ def test_a_dumped_configuration_reads_back_the_same(load):
     again = parse_config(yaml.safe_load(dump_config(config)), "dump")
     assert again == config
     assert again.optimizer.lr == 1.2345678901234567e-5 and again.rewards[1].params["flag"] is True
+
+
+def test_evaluations_sample_as_training_but_for_what_they_say_themselves(load):
+    sampling = "sampling: {steps: 8, eta: 0.5, guidance_scale: 1, negative_prompt: dull, height: 64}"
+    config = load(f"{REWARDS}{sampling}\neval: {{sampling: {{steps: 20, eta: 0, guidance_scale: 3, negative_prompt: ''}}}}")
+    changed = {"steps": 20, "eta": 0.0, "guidance_scale": 3.0, "negative_prompt": ""}
+    assert config.eval_sampling.model_dump() == {**config.sampling.model_dump(), **changed}
+    assert load(f"{REWARDS}{sampling}").eval_sampling == config.sampling
+    # every earlier version wrote `steps: null` into the config.yaml of its runs
+    assert load(f"{REWARDS}eval: {{steps: null}}") == load()
 
 
 def test_a_dumped_configuration_names_every_key_but_what_the_algorithm_brings(load):
@@ -288,8 +298,12 @@ UNKNOWN_KEYS = [
     ("safety: {max_clip_frac: 1}", "safety.max_clip_frac: unknown key; did you mean 'max_clipfrac'?"),
     ("lr: 1", "lr: unknown key; did you mean 'optimizer.lr'?"),
     ("rank: 1", "rank: unknown key; did you mean 'model.lora.rank'?"),
-    ("steps: 1", "steps: unknown key; did you mean 'last_steps' or 'eval.steps' or 'sampling.steps'?"),
-    ("eval: {negative_prompt: x}", "eval.negative_prompt: unknown key; did you mean 'sampling.negative_prompt'?"),
+    ("steps: 1", "steps: unknown key; did you mean 'last_steps' or 'eval.sampling.steps' or 'sampling.steps'?"),
+    ("eval: {steps: 5}", "eval.steps: unknown key; did you mean 'eval.sampling.steps' or 'sampling.steps'?"),
+    (
+        "eval: {negative_prompt: x}",
+        "eval.negative_prompt: unknown key; did you mean 'eval.sampling.negative_prompt' or 'sampling.negative_prompt'?",
+    ),
     ("qqq: 1", "qqq: unknown key; the keys here are algorithm, advantage"),
     ("? 'two\nlines'\n: 1", "two"),
     ("1: 2", "1: keys should be strings"),

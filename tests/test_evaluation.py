@@ -169,10 +169,14 @@ def test_every_picture_has_its_own_noise(measure):
     assert all((images[i] != images[j]).mean() > 0.5 for i in range(6) for j in range(i))
 
 
-def test_eval_steps_decide_the_number_of_denoising_steps(measure):
+def test_the_sampler_of_an_evaluation_is_its_own(measure):
     base = measure()
-    assert np.array_equal(measure(eval={"steps": 4}).images, base.images)  # what sampling.steps is
-    assert not np.array_equal(measure(eval={"steps": 2}).images, base.images)
+    said = {"steps": 4, "eta": 1.0, "guidance_scale": 2.0, "negative_prompt": ""}
+    assert np.array_equal(measure(eval={"sampling": said}).images, base.images)  # what `sampling` has
+    for key, value in (("steps", 2), ("eta", 0.0), ("guidance_scale", 1.0), ("negative_prompt", "dull")):
+        assert (measure(eval={"sampling": {key: value}}).images != base.images).mean() > 0.1, key
+    guided = measure(sampling={"guidance_scale": 1.0}, eval={"sampling": said})  # in calls of half as many trajectories
+    assert abs(guided.images.astype(int) - base.images).max() <= 1
 
 
 def test_scores_and_terms_belong_to_their_pictures(measure, make_config):

@@ -237,6 +237,17 @@ def test_memory_by_part(make_config):
     assert set(parts) == working | {"UNet", "text encoders", "VAE", "optimizer", "trajectories", "prompt embeddings"}
 
 
+def test_a_guided_evaluation_of_an_unguided_training_has_memory_and_a_line_of_its_own(make_config):
+    """Its calls have half as many trajectories, which needs what a guided training with such batches needs."""
+    guided = {"sampling": {"steps": 9, "eta": 0, "guidance_scale": 2.0}}
+    config = make_config(sampling={"guidance_scale": 1}, eval=guided)
+    like, found = planned_memory(make_config(memory={"rollout_batch": 2})), planned_memory(config)
+    assert found.phases["evaluation"] == like.phases["rollout"] - like.parts["trajectories"]
+    assert "evaluation" not in like.phases
+    assert lines_of(config)["evaluation"] == "9 steps, eta 0, guidance 2, 2 at a time"
+    assert "evaluation" not in lines_of(make_config())
+
+
 def test_the_lines_are_those_numbers(make_config):
     config = make_config()
     lines, found = plan(config), planned_memory(config)
@@ -416,7 +427,10 @@ def no_weights(monkeypatch):
             {"model": {"lora": {"target_modules": ["to_q", "to_nothing"]}}},
             "model.lora.target_modules: the UNet has no module 'to_nothing': name modules by their ending",
         ),
-        ({"eval": {"steps": 2000}}, "steps=2000: must be between 1 and the scheduler's num_train_timesteps=1000"),
+        (
+            {"eval": {"sampling": {"steps": 2000}}},
+            "steps=2000: must be between 1 and the scheduler's num_train_timesteps=1000",
+        ),
         ({"sampling": {"steps": 1001}}, "steps=1001: must be between 1 and the scheduler's num_train_timesteps=1000"),
         ({"engine": {"device": "gpu"}}, "engine.device: 'gpu' is no device: use auto, cpu, cuda or cuda:N"),
         ({"engine": {"device": "meta"}}, "engine.device: 'meta' is not supported"),

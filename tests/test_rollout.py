@@ -259,10 +259,6 @@ def test_a_scheduler_that_clips_is_refused_by_its_key(model, tmp_path):
     assert str(caught.value).startswith(f"the scheduler of model.path={clips.path}: scheduler clip_sample=true: ")
 
 
-def test_eval_steps_make_a_table_of_their_own(model):
-    assert len(sampler_table(model, GUIDED)) == 4 and len(sampler_table(model, GUIDED, 7)) == 7
-
-
 def test_eta_below_one_samples_with_less_noise_and_still_has_a_density(denoiser, guided):
     calm = SamplingConfig(steps=4, guidance_scale=3.0, eta=0.3)
     table, full = sampler_table(denoiser.config, calm), sampler_table(denoiser.config, GUIDED)

@@ -38,7 +38,9 @@ class Config(Strict):
     prompts: PromptsConfig = Field(PromptsConfig(), description="the prompts that are trained on")
     rewards: list[RewardConfig] = Field(min_length=1, description="the weighted sum that is trained on")
     eval: EvalConfig = Field(EvalConfig(), description="the evaluation: held-out prompts on fixed seeds")
-    sampling: SamplingConfig = Field(SamplingConfig(), description="the reverse process of rollouts, updates and evaluations")
+    sampling: SamplingConfig = Field(
+        SamplingConfig(), description="the reverse process of rollouts and updates, and of evaluations but for `eval.sampling`"
+    )
     prompts_per_step: Positive = Field(16, description="prompts per rollout")
     images_per_prompt: Positive = Field(
         4, description="K, images of each prompt; at least 2 with `leave_one_out` and `group_norm`"
@@ -121,3 +123,8 @@ class Config(Strict):
     def images_per_rollout(self) -> int:
         """Images of a rollout, N, on all ranks."""
         return self.prompts_per_step * self.images_per_prompt
+
+    @property
+    def eval_sampling(self) -> SamplingConfig:
+        """The reverse process of evaluations: that of training with what `eval.sampling` says; its eta may be 0."""
+        return self.sampling.model_copy(update=self.eval.sampling.model_dump(exclude_none=True))

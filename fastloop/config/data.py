@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
+from fastloop.config.model import EvalSamplingConfig
 from fastloop.config.strict import Positive, Seed, Strict
 
 
@@ -98,6 +99,14 @@ class EvalConfig(Strict):
         None, description="the weighted sum that is the score, without `normalize`; null: the training rewards"
     )
     images_per_prompt: Positive = Field(2, description="images of each prompt")
-    steps: Positive | None = Field(None, description="denoising steps; null: `sampling.steps`")
+    sampling: EvalSamplingConfig = Field(EvalSamplingConfig(), description="how it samples where it is not as in `sampling`")
     seed: Seed = Field(0, description="of the evaluation's noise, which never coincides with training noise")
     grid: Positive = Field(12, description="prompts shown in the sample grids, from the start")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_earlier_runs(cls, values: Any) -> Any:
+        """Forgets `steps: null`, which says nothing: every earlier version wrote it into its runs' config.yaml."""
+        if isinstance(values, dict) and values.get("steps", 0) is None:
+            return {key: value for key, value in values.items() if key != "steps"}
+        return values

@@ -109,3 +109,23 @@ class SamplingConfig(Strict):
     target_size: tuple[Positive, Positive] | None = Field(
         None, description="SDXL only: height and width in pixels that the model is told to draw; null: the picture's"
     )
+
+    @property
+    def branches(self) -> int:
+        """Rows of the network for each trajectory: 2 with guidance."""
+        return 1 if self.guidance_scale == 1 else 2
+
+
+class EvalSamplingConfig(Strict):
+    """What evaluations sample with where it is not what training does: the sampler and guidance of those who will draw."""
+
+    steps: Positive | None = Field(None, description="denoising steps; null: `sampling.steps`")
+    eta: Annotated[float, Field(ge=0, le=1)] | None = Field(
+        None, description="DDIM's share of noise in each step; 0 is the deterministic solver; null: `sampling.eta`"
+    )
+    guidance_scale: Annotated[float, Field(ge=1)] | None = Field(
+        None, description="w of classifier-free guidance, 1 switches it off; null: `sampling.guidance_scale`"
+    )
+    negative_prompt: str | None = Field(
+        None, description="prompt of the unconditional branch; empty: none; null: `sampling.negative_prompt`"
+    )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fastloop.batches import Batches
+from fastloop.batches import Batches, evaluation_batch
 from fastloop.config import Config
 from fastloop.denoisers.base import CACHED_PROMPTS
 from fastloop.engines.deepspeed import BUCKET
@@ -84,6 +84,9 @@ def memory_needs(
         "update": traced.update.peak(update) + sharded.in_backward(trained) + gathered,
         "step": in_step,
     }
+    if traced.evaluation:
+        batch = evaluation_batch(config, config.memory.rollout_batch or rollout)
+        working["evaluation"] = traced.evaluation.peak(batch) + gathered - stays.get("trajectories", 0)  # gone by then
     gradients = sharded.gradients(trained)
     parts = {
         **stays,

@@ -144,6 +144,8 @@ class Traced:
                 skeleton.keep_reference()
             self.encode = self._encode()
         self.rollout, self.decode = self._phase(self._rollout), Phase(self._decode, self.fake)
+        guided = config.eval_sampling.branches > config.sampling.branches
+        self.evaluation = self._phase(self._evaluation) if guided else None  # else it is as a rollout
         self.update = self.new_update()
 
     def new_update(self) -> Phase:
@@ -168,10 +170,16 @@ class Traced:
         return live.peak
 
     def _rollout(self, batch: int) -> None:
+        self._sample(self.config, batch)
+
+    def _evaluation(self, batch: int) -> None:
+        self._sample(self.config.model_copy(update={"sampling": self.config.eval_sampling}), batch)
+
+    def _sample(self, config: Config, batch: int) -> None:
         with torch.no_grad():
-            x, t, *text = inputs(self.denoiser, self.config, batch)
+            x, t, *text = inputs(self.denoiser, config, batch)
             outputs = self.denoiser.predict(x, t, *text)
-            row, w = torch.ones(batch), self.config.sampling.guidance_scale
+            row, w = torch.ones(batch), config.sampling.guidance_scale
             self.ops.sample_transition(*outputs, x, row, row, row, w, 0, t, 0)
 
     def _decode(self, batch: int) -> None:
