@@ -235,14 +235,40 @@ class BaselinePPO:
         self.optimizer.zero_grad()
 
 
+def settings_of(config) -> Settings:
+    """The settings that do what a configuration of fastloop says, as far as the baseline can."""
+    from fastloop.denoisers.parts import DTYPES
+
+    return Settings(
+        images=config.images_per_rollout,
+        batch=config.memory.rollout_batch,
+        updates=config.updates_per_rollout,
+        steps=config.sampling.steps,
+        eta=config.sampling.eta,
+        guidance_scale=config.sampling.guidance_scale,
+        clip_range=config.clip_range,
+        lr=config.optimizer.lr,
+        lora_rank=config.model.lora.rank if config.model.adapter == "lora" else 0,
+        dtype=str(DTYPES[config.model.dtype]).removeprefix("torch."),
+        gradient_checkpointing=bool(config.memory.gradient_checkpointing),
+        seed=config.seed,
+    )
+
+
 def load_pipeline(config, device: torch.device):
     """fastloop's parts of a model (its ModelConfig) in diffusers' own pipeline class, with a DDIM scheduler."""
+    from fastloop.denoisers import load_denoiser
+
+    return pipeline_of(load_denoiser(config, device))
+
+
+def pipeline_of(denoiser):
+    """The modules of fastloop's denoiser, which share what is trained, as `load_pipeline` has them."""
     import diffusers
 
-    from fastloop.denoisers import load_denoiser
     from fastloop.denoisers.files import model_source, read_json
 
-    denoiser = load_denoiser(config, device)
+    config = denoiser.config
     denoiser.network.to(memory_format=torch.contiguous_format)  # channels_last is fastloop's choice
     scheduler = diffusers.DDIMScheduler.from_config(
         read_json(model_source(config), config, "scheduler_config.json", "scheduler")

@@ -14,7 +14,6 @@ from worker import Server
 
 from fastloop import cli  # noqa: F401 - first: it quiets what the libraries log when they are imported
 from fastloop.config import Config
-from fastloop.denoisers.parts import DTYPES
 from fastloop.errors import UserError
 from fastloop.prompts import load_prompts
 from fastloop.recipes import apply_overrides, dump_config, load_config, parse_config
@@ -128,7 +127,7 @@ def serve_fastloop(config: Config, server: Server) -> None:
 
 
 def serve_baseline(config: Config, server: Server) -> None:
-    from baseline_ppo import BaselinePPO, Settings, load_pipeline
+    from baseline_ppo import BaselinePPO, load_pipeline, settings_of
 
     from fastloop.engines.torch import pick_device
     from fastloop.prompts import PromptStream
@@ -141,19 +140,7 @@ def serve_baseline(config: Config, server: Server) -> None:
     known = {prompt.text: prompt for prompt in prompts}
     side = pipe.unet.config.sample_size * pipe.vae_scale_factor
     rewards = Rewards(config.rewards, prompts, (side, side))
-    settings = Settings(
-        images=config.images_per_rollout,
-        batch=config.memory.rollout_batch,
-        updates=config.updates_per_rollout,
-        steps=config.sampling.steps,
-        guidance_scale=config.sampling.guidance_scale,
-        clip_range=config.clip_range,
-        lr=config.optimizer.lr,
-        lora_rank=config.model.lora.rank if config.model.adapter == "lora" else 0,
-        dtype=str(DTYPES[config.model.dtype]).removeprefix("torch."),
-        gradient_checkpointing=bool(config.memory.gradient_checkpointing),
-        seed=config.seed,
-    )
+    settings = settings_of(config)
     trainer = BaselinePPO(pipe, lambda images, texts: rewards.score(images, [known[t] for t in texts]).total, settings)
     for method in ("encode", "decode", "loss", "backward"):
         server.phases.watch(trainer, method, method)

@@ -23,17 +23,7 @@ def bench(bench_module):
 
 def make_baseline(bench, config, reward=lambda images, prompts: np.zeros(len(images))):
     """The baseline with the settings of a configuration of fastloop."""
-    settings = bench.Settings(
-        images=config.images_per_rollout,
-        batch=config.memory.rollout_batch,
-        updates=config.updates_per_rollout,
-        steps=config.sampling.steps,
-        guidance_scale=config.sampling.guidance_scale,
-        clip_range=config.clip_range,
-        lr=config.optimizer.lr,
-        lora_rank=config.model.lora.rank if config.model.adapter == "lora" else 0,
-    )
-    return bench.BaselinePPO(bench.load_pipeline(config.model, torch.device("cpu")), reward, settings)
+    return bench.BaselinePPO(bench.load_pipeline(config.model, torch.device("cpu")), reward, bench.settings_of(config))
 
 
 @pytest.fixture(params=MODELS, ids=lambda case: "-".join(map(str, case)))
