@@ -4,8 +4,10 @@
     peer/bin/pip install trl==0.23.1 'transformers<5' 'diffusers<0.37' torch==2.13.0 peft scipy
     python bench/throughput.py --peer-python peer/bin/python
 
+bench/time_to_score.py trains with it too, and evaluates the adapter that it leaves after each iteration.
+
 TRL had this trainer from 0.6.0 to 0.23.1. It trains the same pipeline folder on the same prompts, with the settings of the
-case; what it does itself (its LoRA has rank 4, so all systems have) is left as it is.
+case; what it does itself (its LoRA has rank 4, so all systems of throughput.py have) is left as it is.
 """
 
 # ruff: noqa: E402
@@ -24,6 +26,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from PIL import Image
+from safetensors.torch import save_file
 from trl import DDPOConfig, DDPOTrainer, DefaultDDPOStableDiffusionPipeline
 from worker import Server
 
@@ -45,7 +48,8 @@ def score(reward: str, images: np.ndarray, prompts: list[str]) -> list[float]:
 def main() -> int:
     server = Server()
     PartialState()  # TRL's pipeline logs through it
-    case = json.loads(sys.argv[1])
+    given = sys.argv[1]
+    case = json.loads(given if given.startswith("{") else Path(given).read_text())  # long lists of prompts come in a file
     torch.set_num_threads(case["threads"])
     prompts = itertools.cycle(case["prompts"])
 
@@ -55,7 +59,7 @@ def main() -> int:
 
     config = DDPOConfig(
         num_epochs=1,
-        seed=0,
+        seed=case.get("seed", 0),
         log_with=None,
         mixed_precision={"fp32": "no", "bf16": "bf16", "fp16": "fp16"}[case["dtype"]],
         sample_num_steps=case["steps"],
@@ -91,6 +95,8 @@ def main() -> int:
     epoch = 0
     while server.wait():
         trainer.step(epoch, epoch * case["updates"])
+        if "weights" in case:
+            save_file({name: p.detach() for name, p in pipeline.unet.named_parameters() if p.requires_grad}, case["weights"])
         server.answer()
         epoch += 1
     return 0
