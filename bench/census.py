@@ -102,7 +102,7 @@ def fastloop_call(config: Config) -> Call:
     denoiser = denoisers.ready_denoiser(config, DEVICE, trained=True)
     engine = TorchEngine(denoiser.trainable(), config, DEVICE)
     denoiser.forward = engine.forward
-    given = inputs(denoiser, config, config.memory.update_batch)
+    given = inputs(denoiser, config.sampling, config.memory.update_batch)
     return denoiser.network, lambda: denoiser.predict(*given), list(engine.masters.values()), engine.add_up
 
 

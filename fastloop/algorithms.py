@@ -26,4 +26,6 @@ ALGORITHMS = {
     "reinforce": Algorithm("batch_mean", "score_function", 1),
     # group-relative advantages as DanceGRPO and Flow-GRPO use them
     "grpo": Algorithm("group_norm", "clipped", 2, advantage_clamp=5.0),
+    # LOOP's advantages on noised final latents, as DiffusionNFT (arXiv 2509.16117) and AWM train: docs/method.md
+    "loop_forward": Algorithm("leave_one_out", "forward_process", 1),
 }

@@ -1,7 +1,8 @@
 """The arithmetic of an iteration: which steps are trained, how many rows an update covers, in which order and micro-batches.
 
 Plan, memory estimate, engines and trainer all take these numbers from here. A *row* is one denoising transition of a rollout
-(see `Transitions`). The rows of a trajectory stand together, in the order of its steps.
+(see `Transitions`), or its final latents at one noise level, which takes the place of a step. The rows of a trajectory stand
+together, in the order of its steps.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 
 from fastloop.config import Config
 from fastloop.errors import UserError
+from fastloop.objectives import OBJECTIVES
 from fastloop.ranks import Ranks
 from fastloop.transitions import TransitionTable
 
@@ -26,11 +28,17 @@ ONE_SHAPE_MAY_COST = 1 / 16  # in float32, where rows of another shape differ by
 def trained_steps(table: TransitionTable, config: Config) -> torch.Tensor:
     """Return the indices (int64) of the steps that updates draw from: those with noise, less the last ``last_steps.drop``.
 
+    For objectives of final latents those of the noise levels.
+
     Raises:
-        UserError: no step is left, or fewer rows than updates.
+        UserError: no step is left, fewer rows than updates, or noise levels that the model does not know.
     """
     steps = torch.nonzero(table.trainable)[:, 0]
     steps = steps[: len(steps) - config.last_steps.drop]
+    if not OBJECTIVES[config.objective].stored_steps:
+        steps, most = torch.arange(config.forward.levels), len(table.schedule.alphas) - 1
+        if config.forward.window[1] > most:
+            raise UserError(f"forward.window: ends at {config.forward.window[1]}, the model's timesteps at {most}: lower it")
     if len(steps) == 0:
         raise UserError(f"sampling.steps: none of {len(table)} steps can be trained: raise it or lower last_steps.drop")
     pairs = config.passes_per_rollout * Batches(config, steps).rows

@@ -101,7 +101,7 @@ def iteration_seconds(denoiser, config: Config, batches: Batches) -> float:
 
     @torch.no_grad()
     def sample() -> None:
-        denoiser.predict(*inputs(denoiser, config, batches.rollout))
+        denoiser.predict(*inputs(denoiser, config.sampling, batches.rollout))
 
     def train() -> None:
         torch.autograd.grad(update_loss(denoiser, config, ops, batches.update), parameters)

@@ -6,9 +6,15 @@ from types import ModuleType
 
 import torch
 
-from fastloop.config import Config
+from fastloop.config import Config, SamplingConfig
 from fastloop.kernels.reference import MicroBatch, PolicyTerms, transition_mean
-from fastloop.objectives import OBJECTIVES, gaussian_kl
+from fastloop.objectives import NOISE_LOG_PROB, OBJECTIVES, gaussian_kl
+
+
+def update_sampling(config: Config) -> SamplingConfig:
+    """Return what updates condition the network on: for objectives of final latents the prompt alone, without guidance."""
+    guided = OBJECTIVES[config.objective].stored_steps
+    return config.sampling if guided else config.sampling.model_copy(update={"guidance_scale": 1.0})
 
 
 def micro_batch_loss(
@@ -29,6 +35,12 @@ def micro_batch_loss(
 
     terms, outputs = OBJECTIVES[config.objective].terms(ops, predict, batch, config)
     loss, logged = terms.loss, {}
+    if not OBJECTIVES[config.objective].stored_steps:
+        error = NOISE_LOG_PROB - terms.log_prob
+        logged |= {
+            "denoising_loss_better": error * (batch.advantage > 0),
+            "denoising_loss_worse": error * (batch.advantage < 0),
+        }
     if config.kl.weight:
         with torch.no_grad(), denoiser.reference():
             reference = predict(batch.x_t, batch.timestep)
@@ -36,5 +48,6 @@ def micro_batch_loss(
             transition_mean(*of, batch.x_t, batch.a, batch.b, config.sampling.guidance_scale) for of in (outputs, reference)
         )
         distance = gaussian_kl(*means, batch.sigma)
-        loss, logged = loss + config.kl.weight * distance, {"kl_reference": distance.detach()}
+        loss = loss + config.kl.weight * distance
+        logged["kl_reference"] = distance.detach()
     return terms, batch.weight * loss, logged

@@ -1,10 +1,11 @@
-"""What is minimised, per row (one denoising transition, or one final latent).
+"""What is minimised, per row: one denoising transition of a rollout, or its final latents at one noise level.
 
 An objective of one's own is an `Objective` in ``OBJECTIVES``; docs/architecture.md has one to copy.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import ModuleType
@@ -18,11 +19,13 @@ if TYPE_CHECKING:  # the kernels' specification takes the objectives from here
     from fastloop.kernels.reference import MicroBatch, PolicyTerms
 
 Outputs = tuple[Tensor, Tensor | None]  # of the denoiser, with the prompt and without
+NOISE_SIGMA = 0.5**0.5  # of a forward process's rows: -log p is then the squared error of the noise and a constant,
+NOISE_LOG_PROB = -math.log(NOISE_SIGMA) - 0.5 * math.log(2 * math.pi)  # this one
 
 
 @dataclass(frozen=True)
 class Objective:
-    """A policy-gradient loss of the log-prob of a stored transition.
+    """A loss of a row's log-prob: of the stored transition, or of the noise that was added to final latents.
 
     Attributes:
         loss: of float32 vectors (B,) (log_prob, log_prob_old, advantage, clip_range, kl), with a gradient for the first.
@@ -31,8 +34,8 @@ class Objective:
         uses_kl: whether ``kl`` is given, the exact KL between the policy that sampled and the one that is trained, per
             element; ``clip_range`` then bounds it, else the ratio.
         fused: whether the Triton kernel has this loss. Where not, it is computed from the fused log-prob.
-        stored_steps: whether rows are transitions of a rollout; else they are its final latents, one for each trained step,
-            and the rollout keeps no others.
+        stored_steps: whether rows are transitions of a rollout; else they are its final latents at ``forward.levels`` noise
+            levels each (`ForwardProcess`), the rollout keeps no others, and the network is trained without guidance.
     """
 
     name: str
@@ -89,6 +92,11 @@ def kl_mask(log_prob, log_prob_old, advantage, clip_range, kl):
     return torch.where((kl > clip_range) & further, loss.detach(), loss)
 
 
+def forward_process(log_prob, log_prob_old, advantage, clip_range, kl=None):
+    """Return A d of the noise's mean squared error d = |eps_hat - eps|^2 / D, given -log p, which is d and a constant."""
+    return advantage * (NOISE_LOG_PROB - log_prob)
+
+
 OBJECTIVES = {
     objective.name: objective
     for objective in (
@@ -96,6 +104,7 @@ OBJECTIVES = {
         Objective("clipped", clipped, fused=True),
         Objective("clip_only", clip_only, fused=True),
         Objective("kl_mask", kl_mask, uses_kl=True, fused=True),
+        Objective("forward_process", forward_process, uses_ratio=False, stored_steps=False),
     )
 }
 

@@ -7,8 +7,10 @@ from fastloop.compiling import planned_line
 from fastloop.config import Config
 from fastloop.denoisers.base import Denoiser
 from fastloop.errors import UserError
+from fastloop.losses import update_sampling
 from fastloop.memory.estimates import MemoryNeeds, memory_needs
 from fastloop.memory.traces import Traced
+from fastloop.objectives import OBJECTIVES
 from fastloop.preflight import Checked, compile_problem, distinct_texts, preflight
 from fastloop.prompts import Prompt, prompt_facts
 
@@ -54,16 +56,18 @@ def overview(checked: Checked, ranks: int = 1) -> list[str]:
 def derived_lines(batches: Batches) -> list[str]:
     """Write lines about the arithmetic of an iteration, as the trainer runs it."""
     config, n, kept, micro = batches.config, batches.config.images_per_rollout, batches.kept, batches.micro_batches
-    branches = config.sampling.branches
-    rollout_forwards = branches * config.sampling.steps
-    update_forwards = branches * kept * config.passes_per_rollout
+    rollout_forwards = config.sampling.branches * config.sampling.steps
+    update_forwards = update_sampling(config).branches * kept * config.passes_per_rollout
+    of_each = f"{kept} of {len(batches.steps)} trainable steps"
+    if not OBJECTIVES[config.objective].stored_steps:
+        of_each = f"{kept} noise levels in timesteps {config.forward.window[0]} to {config.forward.window[1]}"
     return [
         f"algorithm    {config.algorithm}: advantage {config.advantage}, objective {config.objective}",
         *([f"engine       {_engine_text(config)}"] if config.engine.name == "deepspeed" else []),
         f"rollout      {config.prompts_per_step} prompts x {config.images_per_prompt} images = {n} trajectories of "
         f"{config.sampling.steps} steps, {batches.rollout} at a time"
         f"{_copies(batches.share, batches.rollout)}",
-        f"pairs        {n} trajectories x {kept} of {len(batches.steps)} trainable steps = {batches.rows} a pass, "
+        f"pairs        {n} trajectories x {of_each} = {batches.rows} a pass, "
         f"{config.passes_per_rollout} pass{'es' if config.passes_per_rollout > 1 else ''}",
         f"updates      {config.updates_per_rollout} optimizer steps of "
         f"{' or '.join(map(str, sorted(set(batches.update_rows))))} pairs, each in "
@@ -123,11 +127,10 @@ def network_seconds(batches: Batches, it_per_s: float) -> tuple[float, float]:
     checkpointing adds the forward that is done again. Rewards, decoding and the optimizer are not in it.
     """
     config = batches.config
-    branches = config.sampling.branches
     backward = (1 if config.model.adapter == "lora" else 2) + (1 if config.memory.gradient_checkpointing else 0)
     sampled, trained = -(-batches.share // batches.rollout) * batches.rollout, batches.micro_batches * batches.update
-    rollout = sampled * config.sampling.steps * branches / it_per_s
-    update = trained * config.updates_per_rollout * branches * (1 + backward) / it_per_s
+    rollout = sampled * config.sampling.steps * config.sampling.branches / it_per_s
+    update = trained * config.updates_per_rollout * update_sampling(config).branches * (1 + backward) / it_per_s
     if config.kl.weight:
         update *= (2 + backward) / (1 + backward)
     return rollout, update

@@ -34,11 +34,11 @@ class Pace:
         seconds = left * float(np.mean(self._iterations)) + math.ceil(left / self.config.eval.every) * self.evaluation
         time = duration(seconds).replace(SPACE, " ")  # no-break spaces are for the page
         policy = "no update: every advantage is 0"
+        grad = f"grad {metrics['policy/grad_norm']:.2g}"
         if "policy/clipfrac" in metrics:
-            policy = (
-                f"clipped {metrics['policy/clipfrac']:.0%}  kl {metrics['policy/approx_kl']:.1e}  "
-                f"grad {metrics['policy/grad_norm']:.2g}"
-            )
+            policy = f"clipped {metrics['policy/clipfrac']:.0%}  kl {metrics['policy/approx_kl']:.1e}  {grad}"
+        elif any(name.startswith("policy/denoising_loss") for name in metrics):
+            policy = grad
         return (
             f"[{iteration:>{len(str(self.config.iterations))}}/{self.config.iterations}] "
             f"reward {metrics['reward/mean']:.3f}  {policy}  {metrics['time/iteration']:.1f} s  {time} left"

@@ -43,18 +43,20 @@ class Trajectories:
     def transitions(self, steps: torch.Tensor) -> Transitions:
         """Pair each trajectory with each of these steps (int64 (S,)): N S rows, those of a trajectory together.
 
-        Where only the final latents are there, they are both states of every row.
+        Where only the final latents are there, they are both states of every row, and the log-probs are 0.
         """
         n, only_final = len(self.prompts), len(self.latents) == 1
         trajectory, step = torch.arange(n).repeat_interleave(len(steps)), steps.cpu().repeat(n)
         first = torch.zeros_like(step) if only_final else step
+        device = self.log_probs.device
+        log_prob = torch.zeros(len(step), device=device) if only_final else self.log_probs.T[:, steps.to(device)].flatten()
         return Transitions(
             states=self.latents.flatten(0, 1),
             trajectory=trajectory,
             step=step,
             state=first * n + trajectory,
             next_state=(first + (not only_final)) * n + trajectory,
-            log_prob=self.log_probs.T[:, steps.to(self.log_probs.device)].flatten(),
+            log_prob=log_prob,
             ids=self.ids,
         )
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:  # which asks here
 
 def problem(config: Config) -> str | None:
     """Find the first rule that a configuration breaks; ``None`` where it breaks none."""
-    return _of_names(config) or _of_model(config) or _of_algorithm(config) or _of_engine(config)
+    return _of_names(config) or _of_model(config) or _of_algorithm(config) or _of_rows(config) or _of_engine(config)
 
 
 def _of_names(config: Config) -> str | None:
@@ -55,14 +55,34 @@ def _of_algorithm(config: Config) -> str | None:
             f"passes_per_rollout: {config.objective} has no importance ratio, so a second pass over the same "
             "trajectories is biased: set 1, or choose algorithm=loop"
         )
-    if not objective.stored_steps and config.kl.weight:
-        return (
-            f"kl.weight: objective={config.objective} trains on final latents, which have no step whose policy could be "
-            "compared: set it to 0"
-        )
     for i, reward in enumerate(config.eval.rewards or ()):
         if reward.normalize is not None:
             return f"eval.rewards.{i}.normalize: held-out scores are as they are, so that they can be compared: remove it"
+    return None
+
+
+def _of_rows(config: Config) -> str | None:
+    """What of the sampler's steps and of noise levels does not go with the objective, which trains one or the other."""
+    name, forward, default = config.objective, config.forward, type(config.forward)()
+    if OBJECTIVES[name].stored_steps:
+        if config.sampling.eta == 0:
+            return f"sampling.eta: objective={name} needs the noise of the steps, of which 0 leaves none: set it to 1"
+        for key in type(forward).model_fields:
+            if getattr(forward, key) != getattr(default, key):
+                return (
+                    f"forward.{key}: objective={name} trains the sampler's steps: set algorithm=loop_forward, or leave it out"
+                )
+        return None
+    off = {"timestep_fraction": (config.timestep_fraction, 1)}
+    off |= {"last_steps.drop": (config.last_steps.drop, 0), "last_steps.weight": (config.last_steps.weight, 1)}
+    for key, (value, without) in off.items():
+        if value != without:
+            return (
+                f"{key}: objective={name} trains noise levels (forward.levels, forward.window), not the sampler's steps: "
+                f"set it to {without}"
+            )
+    if forward.window[1] - forward.window[0] + 1 < forward.levels:
+        return f"forward.window: {list(forward.window)} has fewer timesteps than forward.levels={forward.levels}: widen it"
     return None
 
 

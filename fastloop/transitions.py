@@ -63,6 +63,29 @@ _REFUSED = {
 
 
 @dataclass(frozen=True, eq=False)
+class NoiseSchedule:
+    """The forward process that a model was trained with, x_t = sqrt(alpha_t) x_0 + sqrt(1 - alpha_t) eps.
+
+    Attributes:
+        alphas: float64 (num_train_timesteps,), cumulative, falling. prediction: what the network gives: ``epsilon``,
+            ``v_prediction`` or ``sample``.
+    """
+
+    alphas: torch.Tensor
+    prediction: str
+
+    def conversions(self, alpha: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return (cx, cm, ex, em) of noise levels, of their shape: x_0 = cx x + cm m and eps = ex x + em m for an output m."""
+        signal, noise = alpha.sqrt(), (1 - alpha).sqrt()
+        zero, one = torch.zeros_like(alpha), torch.ones_like(alpha)
+        return {
+            "epsilon": (1 / signal, -noise / signal, zero, one),
+            "v_prediction": (signal, -noise, noise, signal),
+            "sample": (zero, one, 1 / noise, -signal / noise),
+        }[self.prediction]
+
+
+@dataclass(frozen=True, eq=False)
 class TransitionTable:
     """Gaussian transitions x' = a x + b m + sigma z of one sampler, first step first; the first x is N(0, I)."""
 
@@ -70,6 +93,7 @@ class TransitionTable:
     a: torch.Tensor  # float64 (T,): factor of the latents x
     b: torch.Tensor  # float64 (T,): factor of the (guided) model output m
     sigma: torch.Tensor  # float64 (T,): standard deviation of the noise
+    schedule: NoiseSchedule  # of the model, which the table was made of
 
     def __len__(self) -> int:
         return len(self.timesteps)
@@ -119,19 +143,13 @@ def transition_table(scheduler_config: Mapping[str, Any], steps: int, eta: float
             f" noise; set it to false, or timestep_spacing to leading, {_FILE}"
         )
 
-    signal, noise = alpha.sqrt(), (1 - alpha).sqrt()
-    zero, one = torch.zeros_like(alpha), torch.ones_like(alpha)
-    # x0 = cx x + cm m and eps = ex x + em m
-    cx, cm, ex, em = {
-        "epsilon": (1 / signal, -noise / signal, zero, one),
-        "v_prediction": (signal, -noise, noise, signal),
-        "sample": (zero, one, 1 / noise, -signal / noise),
-    }[prediction]
+    schedule = NoiseSchedule(alphas_cumprod, prediction)
+    cx, cm, ex, em = schedule.conversions(alpha)
     sigma = eta * ((1 - alpha_next) / (1 - alpha) * (1 - alpha / alpha_next)).sqrt()
     direction = (1 - alpha_next - sigma**2).clamp(min=0).sqrt()  # the factor of eps in the mean
     a = alpha_next.sqrt() * cx + direction * ex
     b = alpha_next.sqrt() * cm + direction * em
-    return TransitionTable(timesteps, a, b, sigma)
+    return TransitionTable(timesteps, a, b, sigma, schedule)
 
 
 def _checked_settings(config: Mapping[str, Any]) -> dict[str, Any]:

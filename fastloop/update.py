@@ -13,8 +13,9 @@ from fastloop import kernels
 from fastloop.batches import Batches, Rows, micro_batches, shuffled, step_weights
 from fastloop.config import Config
 from fastloop.errors import RunFailed
+from fastloop.forward import ForwardProcess
 from fastloop.kernels.reference import STATISTICS, MicroBatch, PolicyTerms
-from fastloop.losses import micro_batch_loss
+from fastloop.losses import micro_batch_loss, update_sampling
 from fastloop.objectives import OBJECTIVES
 from fastloop.observer import UNOBSERVED, Observer
 from fastloop.optimizers import Ema
@@ -23,6 +24,7 @@ from fastloop.rollout import Texts, Trajectories, Transitions
 from fastloop.transitions import TransitionTable
 
 MAX_SKIPPED = 8  # non-finite updates in a row that loss scaling may skip while it finds its scale
+DENOISING = ("denoising_loss_better", "denoising_loss_worse")  # sums of the rows with a positive and a negative advantage
 MAXIMA = ("ratio_max_dev",)  # of a micro-batch's statistics; the others are sums
 REMEDY = (
     "the last good checkpoint is kept. Try a lower optimizer.lr, model.dtype=fp32 or bf16, last_steps.drop=2, then --resume"
@@ -54,9 +56,13 @@ class PolicyUpdate:
         self.ops = kernels.backend(config.kernels, self.device)
         self.rows, self.batches = Rows.of(config.images_per_rollout, steps), Batches(config, steps, ranks.world)
         self.skipped = 0
-        columns = (table.a, table.b, table.sigma, step_weights(table, steps, config))
-        self._columns = [column.float().to(self.device) for column in columns]
-        self._timesteps = table.timesteps.to(self.device)
+        self.forward = None  # where rows are steps of the sampler
+        if not OBJECTIVES[config.objective].stored_steps:
+            self.forward = ForwardProcess(config, table.schedule, self.ops, self.device)
+            return
+        columns = {"a": table.a, "b": table.b, "sigma": table.sigma, "weight": step_weights(table, steps, config)}
+        self._columns = {name: column.float().to(self.device) for name, column in columns.items()}
+        self._columns["timestep"] = table.timesteps.to(self.device)
 
     def __call__(self, trajectories: Trajectories, advantages: torch.Tensor, iteration: int) -> dict[str, float]:
         """Take ``updates_per_rollout`` optimizer steps over the shuffled rows of a rollout.
@@ -88,9 +94,14 @@ class PolicyUpdate:
         teaches = (of_row != 0).numpy() | (config.kl.weight > 0)
         transitions = trajectories.transitions(self.steps)
         own = of_row[self._own_rows()].to(self.device)
-        text = Texts(self.denoiser, trajectories.prompts, config.sampling)
-        names = [*STATISTICS, "loss", *(["kl_reference"] if config.kl.weight else [])]
-        found, norms, ran = [], [], []  # of each update that took a step
+        text = Texts(self.denoiser, trajectories.prompts, update_sampling(config))
+        names = [
+            *STATISTICS,
+            "loss",
+            *([] if self.forward is None else DENOISING),
+            *(["kl_reference"] if config.kl.weight else []),
+        ]
+        found, norms, ran = [], [], []  # of each update that took a step, the last its rows
         total = sum(map(len, updates))
         skipped = total - sum(int(teaches[update].sum()) for update in updates)
         quiet = None if self.ranks.main else True  # None: only where there is a terminal
@@ -102,7 +113,7 @@ class PolicyUpdate:
                 batches = micro_batches(update, self.rows, self.ranks, config.images_per_rollout, self.batches.update)
                 seen = self.add_gradients(batches, len(rows), transitions, own, text, bar)
                 found.append(self._of_ranks(dict(zip(names, seen.cpu().double().numpy().T, strict=True))))
-                ran.append(len(update))
+                ran.append(update)
                 if len(ran) == 1:
                     self._check_first_ratio(found[0]["ratio_max_dev"])
                 norms.append(self._step(found[-1]["loss"], iteration))
@@ -112,7 +123,13 @@ class PolicyUpdate:
             "policy/lr": lr,
             "policy/loss": sum(of_update["loss"] for of_update in found) / total,
         }
-        return metrics | _ratio_metrics(found, ran) if ran else metrics
+        if not ran:
+            return metrics
+        if config.kl.weight:
+            metrics["policy/kl_reference"] = sum(update["kl_reference"] for update in found) / sum(map(len, ran))
+        if self.forward is None:
+            return metrics | _ratio_metrics(found, [len(rows) for rows in ran])
+        return metrics | _denoising_metrics(found, of_row[np.concatenate(ran)])
 
     def add_gradients(
         self,
@@ -155,21 +172,13 @@ class PolicyUpdate:
         ``full``: rows of the network's call; ``None``: as in all calls of an update.
         """
         at = transitions.at(rows)
-        x_t, x_prev = transitions.latents(at)
-        a, b, sigma, weight = (column[at.step] for column in self._columns)
-        batch = MicroBatch(
-            x_t=x_t,
-            x_prev=x_prev,
-            a=a,
-            b=b,
-            sigma=sigma,
-            log_prob_old=transitions.log_prob[at.row],
-            advantage=advantages[at.row],
-            trajectory=transitions.ids[at.trajectory],
-            step=at.step,
-            timestep=self._timesteps[at.step],
-            weight=weight,
-        )
+        before, after = transitions.latents(at)
+        number, log_prob_old = transitions.ids[at.trajectory], transitions.log_prob[at.row]
+        if self.forward:
+            columns = self.forward.rows(after, number, at.step) | {"weight": torch.ones_like(log_prob_old)}
+        else:
+            columns = {name: column[at.step] for name, column in self._columns.items()} | {"x_t": before, "x_prev": after}
+        batch = MicroBatch(**columns, log_prob_old=log_prob_old, advantage=advantages[at.row], trajectory=number, step=at.step)
         return micro_batch_loss(self.denoiser, self.ops, self.config, batch, *text.of(at), full or self.batches.update)
 
     def check_replay(self, trajectories: Trajectories) -> float:
@@ -248,7 +257,7 @@ def _ratio_metrics(found: list[dict[str, float]], ran: list[int]) -> dict[str, f
         return sum(update[name] for update in found[of]) / sum(ran[of])
 
     high, low = mean("clipped_high", later), mean("clipped_low", later)
-    metrics = {
+    return {
         "policy/ratio_mean": mean("ratio"),
         "policy/ratio_max_dev": max(update["ratio_max_dev"] for update in found),
         "policy/ratio_first_dev": found[0]["ratio_max_dev"],
@@ -257,4 +266,14 @@ def _ratio_metrics(found: list[dict[str, float]], ran: list[int]) -> dict[str, f
         "policy/clipfrac_low": low,
         "policy/approx_kl": mean("approx_kl"),
     }
-    return metrics | ({"policy/kl_reference": mean("kl_reference")} if "kl_reference" in found[0] else {})
+
+
+def _denoising_metrics(found: list[dict[str, float]], advantages: torch.Tensor) -> dict[str, float]:
+    """Means of the noise's squared error over the rows that ran, of images better and worse than their baseline.
+
+    Args:
+        advantages: float32, of these rows.
+    """
+    rows = {"better": int((advantages > 0).sum()), "worse": int((advantages < 0).sum())}
+    sums = {name: sum(update[f"denoising_loss_{name}"] for update in found) for name in rows}
+    return {f"policy/denoising_loss_{name}": sums[name] / n for name, n in rows.items() if n}

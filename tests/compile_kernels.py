@@ -20,7 +20,6 @@ import triton
 from step_cases import pairwise
 
 from fastloop.kernels import geglu, group_norm, policy, transition
-from fastloop.objectives import OBJECTIVES
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
 from kernel_code import code_of, compiled_launches  # of bench/, which is no package
@@ -48,7 +47,7 @@ def launch_all(every_variant: bool) -> Iterator[dict]:
     Yields what is said of the launches since the last time.
     """
     dtypes = (torch.bfloat16, torch.float32, torch.float16)[: 3 if every_variant else 1]
-    both, objectives = (True, False)[: 1 + every_variant], OBJECTIVES if every_variant else ("clipped", "kl_mask")
+    both, objectives = (True, False)[: 1 + every_variant], policy._NUMBER if every_variant else ("clipped", "kl_mask")
     sizes = ((320, 64), (128, 512))[: 1 + every_variant]  # the second, of a VAE, is divided into stretches
     transition._initial_noise(7, torch.arange(ROWS), 4 * 64 * 64)
     yield {}

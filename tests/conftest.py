@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import os
 import signal
 import sys
@@ -209,3 +210,34 @@ def make_config(tiny_sd, tmp_path):
 def no_report(monkeypatch):
     """The figures of the report take longer than a small run."""
     monkeypatch.setattr("fastloop.trainer.write_report", lambda folder: None)
+
+
+@pytest.fixture
+def make_trainer(make_config, no_report):
+    """A function of overrides that gives a trainer; its files are closed in the end."""
+    from fastloop.trainer import Trainer  # not for the tests that need no run
+
+    made = []
+
+    def make(**overrides) -> Trainer:
+        made.append(Trainer(make_config(**overrides)))
+        return made[-1]
+
+    yield make
+    for trainer in made:
+        trainer.tracker.close()
+        trainer.rewards.close()
+        trainer.eval_rewards.close()
+
+
+@pytest.fixture
+def train(make_trainer, tmp_path):
+    """A function of overrides that trains in a folder of its own and gives the trainer."""
+    number, evaluation = itertools.count(), {"every": 100, "prompts": {"source": "animals", "limit": 1}}
+
+    def train(**overrides):
+        trainer = make_trainer(output_dir=str(tmp_path / f"run{next(number)}"), **{"eval": evaluation, **overrides})
+        trainer.train()
+        return trainer
+
+    return train

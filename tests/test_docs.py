@@ -41,8 +41,9 @@ def test_anchors_exist():
             assert anchor in anchors(page.parent / file if file else page), f"{page.name}: {file}#{anchor}"
 
 
-def test_every_metric_is_defined(make_config):
-    folder = Trainer(make_config(iterations=1, kl={"weight": 0.1})).train()
+@pytest.mark.parametrize("algorithm", ["loop", "loop_forward"])
+def test_every_metric_is_defined(make_config, algorithm):
+    folder = Trainer(make_config(algorithm=algorithm, iterations=1, kl={"weight": 0.1})).train()
     defined = set(re.findall(r"`([\w/]+)`", (ROOT / "docs/metrics.md").read_text()))
     names = set(read_rows(folder / "metrics.jsonl")[0]) - {"reward/jpeg_incompressibility"}  # stands there as reward/NAME
     assert names - defined == set()

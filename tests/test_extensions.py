@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import pytest
 import torch
 from diffusers import SanaTransformer2DModel, StableDiffusionPipeline
@@ -13,7 +11,6 @@ from fastloop.advantages import ADVANTAGES, Advantage, weighted_sum
 from fastloop.denoisers import FAMILIES
 from fastloop.errors import UserError
 from fastloop.kernels import fused, reference
-from fastloop.kernels.reference import STATISTICS, PolicyTerms, normal
 from fastloop.objectives import OBJECTIVES, Objective
 from fastloop.plan import planned_memory
 from fastloop.tracking import read_rows
@@ -66,29 +63,15 @@ def test_an_objective_of_the_kl_without_a_kernel_says_that_it_needs_the_referenc
         objective.terms(fused, lambda x, t: (x, None), reference.MicroBatch(*[torch.zeros(1)] * 7), make_config())
 
 
-@dataclass(frozen=True)
-class Renoised(Objective):
-    """Noises the final latents again; the prediction moves towards the noise of good ones and away from that of bad ones."""
-
-    def terms(self, ops, predict, batch, config):
-        noise = normal(config.seed, batch.trajectory, batch.step, batch.x_prev[0].numel()).view_as(batch.x_prev)
-        outputs = predict(batch.x_prev + noise, batch.timestep)
-        distance = (outputs[0].float() - noise).square().flatten(1).mean(1)
-        rows = torch.ones_like(distance)
-        statistics = dict.fromkeys(STATISTICS, 0.0) | {"ratio": float(len(rows))}
-        loss = batch.advantage * distance
-        return PolicyTerms(loss, rows, rows, torch.tensor(list(statistics.values()), device=loss.device)), outputs
+def hardest_first(log_prob, log_prob_old, advantage, clip_range, kl=None):
+    """A loss of the noise's squared error, of which -log p is a constant away, that counts large ones more."""
+    return advantage * log_prob.square()
 
 
-@pytest.fixture
-def renoised(monkeypatch):
-    objective = Renoised("renoised", lambda *args: None, uses_ratio=False, stored_steps=False)
-    monkeypatch.setitem(OBJECTIVES, "renoised", objective)
-
-
-@pytest.mark.usefixtures("renoised")
-def test_an_objective_that_takes_only_the_final_latents_keeps_no_others_and_learns(make_config, monkeypatch):
-    kept, config = [], make_config(objective="renoised", updates_per_rollout=1, iterations=1)
+def test_an_objective_may_take_the_final_latents_at_noise_levels_and_keeps_no_others(make_config, monkeypatch):
+    objective = Objective("hardest_first", hardest_first, uses_ratio=False, stored_steps=False)
+    monkeypatch.setitem(OBJECTIVES, "hardest_first", objective)
+    kept, config = [], make_config(objective="hardest_first", updates_per_rollout=1, iterations=1)
     trainer = Trainer(config, leave_out=("evaluation", "report"))
     rollout = trainer.rollout
     trainer.rollout = lambda *args: kept.append(rollout(*args)) or kept[-1]
@@ -97,19 +80,11 @@ def test_an_objective_that_takes_only_the_final_latents_keeps_no_others_and_lear
     assert trajectories.latents.shape == (1, 6, 4, 8, 8)
     assert (trainer.denoiser.decode(trajectories.latents[0], 4) == trajectories.images).all()
     transitions = trajectories.transitions(trainer.steps_trained)
-    assert len(transitions) == 24 and transitions.state.equal(transitions.next_state)
-    assert transitions.state.tolist() == transitions.trajectory.tolist() == [i for i in range(6) for _ in range(4)]
-    assert row["policy/grad_norm"] > 0 and "policy/replay_max_dev" not in row and row["policy/ratio_max_dev"] == 0
-
-
-@pytest.mark.usefixtures("renoised")
-@pytest.mark.parametrize(
-    "changes, says",
-    [({"kl": {"weight": 0.1}}, "kl.weight: objective=renoised"), ({"passes_per_rollout": 2}, "passes_per_rollout: renoised")],
-)
-def test_what_an_objective_says_of_itself_is_checked_with_the_rest(make_config, changes, says):
-    with pytest.raises(UserError, match=says):
-        make_config(objective="renoised", **changes)
+    assert len(transitions) == 6 * config.forward.levels and transitions.state.equal(transitions.next_state)
+    assert transitions.state.tolist() == transitions.trajectory.tolist() == [i for i in range(6) for _ in range(5)]
+    assert row["policy/grad_norm"] > 0 and "policy/replay_max_dev" not in row and "policy/ratio_max_dev" not in row
+    with pytest.raises(UserError, match="passes_per_rollout: hardest_first"):
+        make_config(objective="hardest_first", passes_per_rollout=2)
 
 
 class LastStepCounts(Advantage):

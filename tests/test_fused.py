@@ -25,9 +25,9 @@ from step_cases import (
 )
 
 from fastloop.kernels import backend, choose, fused, gaussian, policy, reference, transition
-from fastloop.objectives import OBJECTIVES
 from fastloop.trainer import Trainer
 
+OBJECTIVES = tuple(policy._NUMBER)  # those that the kernel has
 SHAPES = [(3, 5, 7), (4, 16, 16), (4, 32, 33)]  # D = 105: less than a block; 1,024; 4,224: three blocks, the last one odd
 
 
@@ -364,7 +364,13 @@ def test_triton_where_it_cannot_run_is_refused_with_the_reason(monkeypatch):
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="tests/gpu has this for a GPU, where the UNet rounds too")
 @pytest.mark.parametrize(
-    "changes", [{"algorithm": "loop"}, {"objective": "kl_mask", "clip_range": 1e-9, "sampling": {"guidance_scale": 1.0}}]
+    "changes",
+    [
+        {"algorithm": "loop"},
+        {"objective": "kl_mask", "clip_range": 1e-9, "sampling": {"guidance_scale": 1.0}},
+        {"algorithm": "loop_forward", "kl": {"weight": 0.1}},
+    ],
+    ids=str,
 )
 def test_a_run_with_the_kernels_gives_the_losses_of_the_reference(make_config, tmp_path, monkeypatch, changes):
     # those of UNet and VAE would take minutes in the interpreter: tests/test_fused_unet.py has them
@@ -376,9 +382,11 @@ def test_a_run_with_the_kernels_gives_the_losses_of_the_reference(make_config, t
         config = make_config(**{"kernels": name, "output_dir": str(tmp_path / name), "clip_range": 1e-6} | changes | small)
         folder = Trainer(config, leave_out=("report", "export")).train()
         rows[name] = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    of_rows = ("ratio_mean", "clipfrac", "clipfrac_high") if "kl" not in changes else ("denoising_loss_better", "kl_reference")
     for got, want in zip(rows["triton"], rows["reference"], strict=True):
-        for key in ("reward/mean", "policy/loss", "policy/ratio_mean", "policy/clipfrac", "policy/clipfrac_high"):
+        for key in ("reward/mean", "policy/loss", *(f"policy/{name}" for name in of_rows)):
             assert got[key] == pytest.approx(want[key], rel=1e-5, abs=1e-7), key
-        for key in ("policy/grad_norm", "policy/approx_kl"):
+        for key in ("policy/grad_norm", *(["policy/approx_kl"] if "kl" not in changes else [])):
             assert got[key] == pytest.approx(want[key], rel=1e-3, abs=1e-12), key
-    assert rows["triton"][0]["policy/replay_max_dev"] < 1e-5
+    if "kl" not in changes:
+        assert rows["triton"][0]["policy/replay_max_dev"] < 1e-5

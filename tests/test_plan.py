@@ -203,6 +203,7 @@ def test_the_planned_peak_of_sdxl_is_within_15_percent_of_the_measured_one(make_
             "memory": {"vae_batch": 6, "update_batch": 1},
             **ONE_BY_ONE,
         },
+        {"algorithm": "loop_forward", "forward": {"levels": 7}, "model": {"adapter": "full"}, "kl": {"weight": 0.1}},
     ],
     ids=str,
 )

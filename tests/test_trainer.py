@@ -9,11 +9,11 @@ import math
 import shutil
 import sys
 import types
-from dataclasses import dataclass
 
 import numpy as np
 import pytest
 import torch
+from recorded import Weights, begin, record_pairs, record_steps, same, weights
 from run_files import checkpoints, status
 from safetensors.torch import load_file
 from torch.distributions import Normal, kl_divergence
@@ -33,45 +33,6 @@ from fastloop.tracking import read_rows
 from fastloop.trainer import Trainer
 from fastloop.update import MAX_SKIPPED
 
-Weights = dict[str, torch.Tensor]
-
-
-@pytest.fixture
-def make_trainer(make_config, no_report):
-    """A function of overrides that gives a trainer; its files are closed in the end."""
-    made = []
-
-    def make(**overrides) -> Trainer:
-        made.append(Trainer(make_config(**overrides)))
-        return made[-1]
-
-    yield make
-    for trainer in made:
-        trainer.tracker.close()
-        trainer.rewards.close()
-        trainer.eval_rewards.close()
-
-
-@pytest.fixture
-def train(make_trainer, tmp_path):
-    """A function of overrides that trains in a folder of its own and gives the trainer."""
-    number, evaluation = itertools.count(), {"every": 100, "prompts": {"source": "animals", "limit": 1}}
-
-    def train(**overrides) -> Trainer:
-        trainer = make_trainer(output_dir=str(tmp_path / f"run{next(number)}"), **{"eval": evaluation, **overrides})
-        trainer.train()
-        return trainer
-
-    return train
-
-
-def weights(trainer: Trainer) -> Weights:
-    return {name: p.detach().clone() for name, p in trainer.parameters.items()}
-
-
-def same(one: Weights, other: Weights) -> bool:
-    return one.keys() == other.keys() and all(one[name].equal(other[name]) for name in one)
-
 
 def distance(one: Weights, other: Weights) -> float:
     return math.sqrt(sum((one[name] - other[name]).square().sum().item() for name in one))
@@ -79,49 +40,6 @@ def distance(one: Weights, other: Weights) -> float:
 
 def metrics(trainer: Trainer) -> list[dict]:
     return read_rows(trainer.folder / "metrics.jsonl")
-
-
-@dataclass
-class Step:
-    """One optimizer step."""
-
-    gradients: Weights
-    before: Weights
-    after: Weights
-
-
-def record_steps(trainer: Trainer) -> list[Step]:
-    steps, step = [], trainer.engine.step
-
-    def recorded():
-        before, gradients = weights(trainer), {name: p.grad.clone() for name, p in trainer.parameters.items()}
-        norm = step()
-        steps.append(Step(gradients, before, weights(trainer)))
-        return norm
-
-    trainer.engine.step = recorded
-    return steps
-
-
-def record_pairs(trainer: Trainer) -> list[list[tuple[int, int]]]:
-    """The (trajectory, timestep) pairs of each micro-batch whose loss is computed."""
-    batches, loss = [], trainer.update.loss
-
-    def recorded(transitions, advantages, rows, text, **more):
-        batches.append(list(zip(transitions.trajectory[rows].tolist(), transitions.step[rows].tolist(), strict=True)))
-        return loss(transitions, advantages, rows, text, **more)
-
-    trainer.update.loss = recorded
-    return batches
-
-
-def begin(trainer: Trainer):
-    """Trajectories and advantages of the first iteration."""
-    config = trainer.config
-    prompts = trainer.prompts.draw(0, config.prompts_per_step)
-    repeated = [prompt for prompt in prompts for _ in range(config.images_per_prompt)]
-    trajectories = trainer.rollout(repeated, torch.arange(len(repeated)))
-    return trajectories, trainer.advantages([prompt.text for prompt in prompts], trainer.rewards.gather())
 
 
 def shuffled_pairs(rng: np.random.Generator, n: int, steps: torch.Tensor, fraction: float) -> np.ndarray:
@@ -424,7 +342,7 @@ def test_every_algorithm_runs_and_nothing_else_in_the_config_differs(train, make
         (rows[algorithm],) = metrics(trainer)
         resolved[algorithm] = trainer.config.model_dump() | {"output_dir": None}
         assert status(trainer.folder) == "finished"
-    assert set(rows) == {"loop", "rloo", "ppo", "reinforce", "grpo"}
+    assert set(rows) == {"loop", "rloo", "ppo", "reinforce", "grpo", "loop_forward"}
     brought = {"algorithm", "advantage", "objective", "updates_per_rollout", "advantage_clamp"}
     for algorithm, row in rows.items():
         assert all(math.isfinite(value) for value in row.values()) and row["policy/grad_norm"] > 0

@@ -15,7 +15,7 @@ from fastloop.config.data import EvalConfig, PromptsConfig, RewardConfig
 from fastloop.config.model import ModelConfig, SamplingConfig
 from fastloop.config.running import CheckpointConfig, EngineConfig, ExportConfig, MemoryConfig, TrackingConfig
 from fastloop.config.strict import Fraction, Positive, Seed, Strict
-from fastloop.config.training import EmaConfig, KlConfig, LastStepsConfig, OptimizerConfig, SafetyConfig
+from fastloop.config.training import EmaConfig, ForwardConfig, KlConfig, LastStepsConfig, OptimizerConfig, SafetyConfig
 
 
 class Config(Strict):
@@ -32,7 +32,8 @@ class Config(Strict):
     )
     objective: str | None = Field(
         None,
-        description="what is maximised: `score_function`, `clipped`, `clip_only` or `kl_mask`; null: the algorithm's",
+        description="what is maximised: `score_function`, `clipped`, `clip_only`, `kl_mask` or `forward_process`; "
+        "null: the algorithm's",
     )
     model: ModelConfig = Field(ModelConfig(), description="the model, and what of it is trained")
     prompts: PromptsConfig = Field(PromptsConfig(), description="the prompts that are trained on")
@@ -55,6 +56,7 @@ class Config(Strict):
         1.0, description="share of the timesteps trained, at least one, drawn anew for each trajectory and pass"
     )
     last_steps: LastStepsConfig = Field(LastStepsConfig(), description="how much the last denoising steps are trained")
+    forward: ForwardConfig = Field(ForwardConfig(), description="the noise levels that `forward_process` trains")
     clip_range: Annotated[float, Field(gt=0)] = Field(
         1e-4,
         description="eps of the ratio's window, for log-probs that are means over the latent's elements; "

@@ -85,8 +85,9 @@ class SamplingConfig(Strict):
     """The reverse process, the same in rollouts and in updates."""
 
     steps: Positive = Field(50, description="denoising steps T, at most the scheduler's `num_train_timesteps`")
-    eta: Annotated[float, Field(gt=0, le=1)] = Field(
-        1.0, description="DDIM's share of noise in each step; 1 is as noisy as DDPM"
+    eta: Annotated[float, Field(ge=0, le=1)] = Field(
+        1.0,
+        description="DDIM's share of noise in each step; 1 is as noisy as DDPM, 0 deterministic, for `forward_process` alone",
     )
     guidance_scale: Annotated[float, Field(ge=1)] = Field(
         5.0, description="w of classifier-free guidance; 1 switches it off and saves the second half of every forward"

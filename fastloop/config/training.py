@@ -19,6 +19,15 @@ class LastStepsConfig(Strict):
     count: Positive = Field(2, description="trained steps that `weight` applies to")
 
 
+class ForwardConfig(Strict):
+    """The noise levels at which `forward_process` trains a rollout's final latents; other objectives do not look at it."""
+
+    levels: Positive = Field(5, description="noise levels of each image, one in each of so many equal parts of the window")
+    window: tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]] = Field(
+        (250, 980), description="first and last timestep of the model's own schedule that a level may have"
+    )
+
+
 class KlConfig(Strict):
     """Gaussian KL to the model before training, per trained step: the adapter off, or a frozen copy."""
 

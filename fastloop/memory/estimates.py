@@ -51,7 +51,8 @@ def memory_needs(
     trained, network = sum(trainable), weights.pop(denoiser.network_name)
     texts = sum(size for name, size in weights.items() if name != "vae")
     leaves = on_gpu and config.memory.offload_frozen
-    states = config.sampling.steps + 1 if OBJECTIVES[config.objective].stored_steps else 1
+    stored = OBJECTIVES[config.objective].stored_steps
+    states = config.sampling.steps + 1 if stored else 1
     steps = 4 * states * share * math.prod(traced.shape)
     away = on_gpu and config.memory.trajectories == "host"
     with traced.fake:
@@ -96,7 +97,7 @@ def memory_needs(
         f"decoding of {decode}": traced.decode.peak(decode),
         f"activations of {update} pairs": traced.activations(update),
     }
-    if rollout <= (config.memory.update_batch or update):  # the first rollout batch is replayed with gradients on
+    if stored and rollout <= (config.memory.update_batch or update):  # the first rollout batch is replayed with gradients on
         working["self-check"] = traced.activations(rollout) + gathered
     phases = {name: resident + size for name, size in working.items()}
     return MemoryNeeds({name: size for name, size in parts.items() if size}, phases, {k: v for k, v in host.items() if v})

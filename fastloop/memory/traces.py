@@ -15,12 +15,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastloop import kernels
-from fastloop.config import Config
+from fastloop.config import Config, SamplingConfig
 from fastloop.denoisers.base import Denoiser
 from fastloop.denoisers.lean import lighten_parts
 from fastloop.denoisers.parts import DTYPES
 from fastloop.kernels.reference import MicroBatch
-from fastloop.losses import micro_batch_loss
+from fastloop.losses import micro_batch_loss, update_sampling
 
 TRACED = (2, 3)  # the batches to trace where any may be asked for
 
@@ -177,7 +177,7 @@ class Traced:
 
     def _sample(self, config: Config, batch: int) -> None:
         with torch.no_grad():
-            x, t, *text = inputs(self.denoiser, config, batch)
+            x, t, *text = inputs(self.denoiser, config.sampling, batch)
             outputs = self.denoiser.predict(x, t, *text)
             row, w = torch.ones(batch), config.sampling.guidance_scale
             self.ops.sample_transition(*outputs, x, row, row, row, w, 0, t, 0)
@@ -206,7 +206,7 @@ class Traced:
                 hook.remove()
 
 
-def inputs(denoiser: Denoiser, config: Config, batch: int) -> tuple:
+def inputs(denoiser: Denoiser, sampling: SamplingConfig, batch: int) -> tuple:
     """Make latents, timesteps and both conditions of a micro-batch, in the right shapes; the values are whatever was there.
 
     Where the text encoders are trained, the conditions come out of them: of as many different prompts as there are rows.
@@ -217,17 +217,17 @@ def inputs(denoiser: Denoiser, config: Config, batch: int) -> tuple:
         lengths = [encoder.config.max_position_embeddings for encoder in denoiser.text_encoders.values()]
         ids = [torch.zeros(1, length, dtype=torch.int64, device=denoiser.device) for length in lengths]
         embeddings = [denoiser.embed(ids) for _ in range(batch)]
-        zeros = denoiser.absent_is_zero and not config.sampling.negative_prompt
-        absent = blank if zeros or config.sampling.guidance_scale == 1 else denoiser.embed(ids)
-    cond = denoiser.condition(embeddings, config.sampling)
-    uncond = None if config.sampling.guidance_scale == 1 else denoiser.condition([absent] * batch, config.sampling)
-    x = torch.empty(batch, *denoiser.latent_shape(config.sampling.height, config.sampling.width), device=denoiser.device)
+        zeros = denoiser.absent_is_zero and not sampling.negative_prompt
+        absent = blank if zeros or sampling.guidance_scale == 1 else denoiser.embed(ids)
+    cond = denoiser.condition(embeddings, sampling)
+    uncond = None if sampling.guidance_scale == 1 else denoiser.condition([absent] * batch, sampling)
+    x = torch.empty(batch, *denoiser.latent_shape(sampling.height, sampling.width), device=denoiser.device)
     return x, torch.zeros(batch, dtype=torch.int64, device=denoiser.device), cond, uncond
 
 
 def update_loss(denoiser: Denoiser, config: Config, ops: ModuleType, batch: int) -> torch.Tensor:
     """Compute the loss of so many rows, as the trainer computes it, of inputs without meaning."""
-    x, t, *text = inputs(denoiser, config, batch)
+    x, t, *text = inputs(denoiser, update_sampling(config), batch)
     row = torch.ones(batch, device=x.device)
     vectors = dict.fromkeys(("a", "b", "sigma", "log_prob_old", "advantage", "weight"), row)
     rows = MicroBatch(x_t=x, x_prev=torch.empty_like(x), **vectors, trajectory=t, step=t, timestep=t)

@@ -45,7 +45,13 @@ def learning(run: Run) -> list[Figure]:
 
 
 def policy_health(run: Run) -> list[Figure]:
-    """Draw the metrics of the policy's updates."""
+    """Draw the metrics of the policy's updates: of their ratios, or of the noise's error where final latents are trained."""
+    norm = _metric_figure(run, "policy/grad_norm", "Gradient norm", "L2 norm", "Of the trained weights.")
+    parts = {"better": "Images better than their group.", "worse": "Images worse than their group."}
+    names = {which: f"policy/denoising_loss_{which}" for which in parts}
+    if any(np.isfinite(run.column(name)).any() for name in names.values()):
+        unit = "mean squared error"
+        return [*(_metric_figure(run, name, f"Error of the noise, {w}", unit, parts[w]) for w, name in names.items()), norm]
     clip_range = number(run.config.get("clip_range"))
     dashed = f" Dashed: the clip range, {clip_range:g}." if math.isfinite(clip_range) else ""
     return [
@@ -62,7 +68,7 @@ def policy_health(run: Run) -> list[Figure]:
             log=True,
             reference=clip_range,
         ),
-        _metric_figure(run, "policy/grad_norm", "Gradient norm", "L2 norm", "Of the trained weights."),
+        norm,
     ]
 
 

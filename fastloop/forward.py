@@ -1,0 +1,62 @@
+"""The forward process: a rollout's final latents noised again, at levels that follow from the trajectory's number alone.
+
+    x_t = sqrt(alpha_t) x_0 + sqrt(1 - alpha_t) eps,    eps_hat = ex x_t + em m
+
+for the network's output m (`NoiseSchedule`). Such a row has the form of a denoising transition: the mean ex x_t + em m and
+the sample eps, with one standard deviation for all. So log-prob, loss and KL are computed by what computes those of steps.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+
+from fastloop.config import Config
+from fastloop.kernels.reference import philox
+from fastloop.objectives import NOISE_SIGMA
+from fastloop.transitions import NoiseSchedule
+
+STREAM = 1 << 33  # training seeds have 32 bits, and evaluations the 33rd: no row shares its noise with a rollout
+_WORD = 1 << 32
+
+
+class ForwardProcess:
+    """Makes rows of final latents, each at one of ``forward.levels`` noise levels."""
+
+    def __init__(self, config: Config, schedule: NoiseSchedule, ops: ModuleType, device: torch.device) -> None:
+        """``ops`` is what `kernels.backend` gives."""
+        self.levels, self.window, self.seed = config.forward.levels, config.forward.window, STREAM | config.seed
+        self.ops = ops
+        alphas = schedule.alphas
+        _, _, ex, em = schedule.conversions(alphas)
+        columns = (alphas.sqrt(), (1 - alphas).sqrt(), ex, em)
+        self._signal, self._noise, self._ex, self._em = (column.float().to(device) for column in columns)
+
+    def timesteps(self, trajectory: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
+        """Draw timesteps, int64 (B,): of level j of n uniform in the j-th of n equal parts of the window, its ends included.
+
+        Args:
+            trajectory, level: int64 (B,), the numbers that key it.
+        """
+        zero, (first, last) = torch.zeros_like(level), self.window
+        word = philox(self.seed, (zero, level, trajectory % _WORD, trajectory // _WORD))[0]
+        return first + (level * _WORD + word) * (last - first + 1) // (self.levels * _WORD)
+
+    def rows(self, latents: torch.Tensor, trajectory: torch.Tensor, level: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Noise final latents, float32 (B, ...): the columns of a `MicroBatch` whose sample is the noise.
+
+        Args:
+            trajectory, level: as for `timesteps`; they key the noise as well.
+        """
+        timestep = self.timesteps(trajectory, level)
+        noise = self.ops.initial_noise(self.seed, trajectory * self.levels + level, tuple(latents.shape[1:]))
+        signal, level_noise = (of[timestep].view(-1, *[1] * (latents.dim() - 1)) for of in (self._signal, self._noise))
+        return {
+            "x_t": signal * latents + level_noise * noise,
+            "x_prev": noise,
+            "a": self._ex[timestep],
+            "b": self._em[timestep],
+            "sigma": torch.full_like(self._ex[timestep], NOISE_SIGMA),
+            "timestep": timestep,
+        }
