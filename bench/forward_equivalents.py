@@ -20,6 +20,7 @@ from fastloop.batches import Batches, trained_steps
 from fastloop.config import Config
 from fastloop.denoisers import build_skeleton, ready_denoiser
 from fastloop.engines.torch import pick_device
+from fastloop.losses import update_sampling
 from fastloop.prompts import load_prompts
 from fastloop.rewards.scoring import Rewards
 from fastloop.rollout import rollout, sampler_table
@@ -64,13 +65,13 @@ class RowCounter:
 def rows_of_iteration(config: Config) -> dict[str, int]:
     """Return the rows of the network's calls in an iteration, as `RowCounter` has them, before anything is run."""
     batches = Batches(config, trained_steps(sampler_table(config.model, config.sampling), config))
-    branches = config.sampling.branches
     drawn = -(-batches.share // batches.rollout) * batches.rollout
     updated = sum(-(-rows // batches.update) * batches.update for rows in batches.update_rows) * config.passes_per_rollout
+    updated *= update_sampling(config).branches
     references = updated if config.kl.weight else 0
     return {
-        "sampled": (drawn * config.sampling.steps + references) * branches,
-        "trained": updated * branches,
+        "sampled": drawn * config.sampling.steps * config.sampling.branches + references,
+        "trained": updated,
     }
 
 

@@ -3,9 +3,9 @@
     python bench/time_to_score_run.py FOLDER
 
 FOLDER holds job.json: who trains (`fastloop`, `baseline` of bench/baseline_ppo.py, or the Python of an environment with TRL),
-the configuration, and the `eval.sampling` of each evaluation by name. Every `eval.every` iterations all of them are made, of
-the same weights on the same held-out prompts, by `fastloop.evaluation.evaluate` for all trainers; of averaged weights where
-there are any. It writes
+the configuration, and what each evaluation has of its own in `eval`, by name. Every `eval.every` iterations all of them are
+made, of the same weights on the same held-out prompts, by `fastloop.evaluation.evaluate` for all trainers; of averaged weights
+where there are any. It writes
 
     counts.jsonl    of each iteration: pictures, rows of the network's calls, CPU seconds
     scores.jsonl    of each evaluation: what has been spent before it, and the scores
@@ -52,8 +52,8 @@ class Record:
         self.config, self.counts, self.scores = config, folder / "counts.jsonl", folder / "scores.jsonl"
         values = config.model_dump(mode="json")
         self.configs = {
-            name: parse_config({**values, "eval": {**values["eval"], "sampling": sampling}}, f"evaluation {name}")
-            for name, sampling in evaluations.items()
+            name: parse_config({**values, "eval": {**values["eval"], **changes}}, f"evaluation {name}")
+            for name, changes in evaluations.items()
         }
 
     def begin_again(self) -> None:

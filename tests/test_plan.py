@@ -12,7 +12,7 @@ import torch
 from known_traces import remember_traces, trace_nothing
 
 from fastloop.batches import Batches, Rows, shuffled, trained_steps
-from fastloop.denoisers import build_skeleton, load_denoiser
+from fastloop.denoisers import build_skeleton, ready_denoiser
 from fastloop.engines.torch import TorchEngine
 from fastloop.errors import UserError
 from fastloop.kernels.reference import MicroBatch, policy_loss
@@ -40,9 +40,7 @@ def untraced(remembered, monkeypatch) -> None:
 
 
 def real_model(config):
-    denoiser = load_denoiser(config.model, CPU)
-    denoiser.train_adapter(config.memory.gradient_checkpointing, seed=config.seed)
-    return denoiser
+    return ready_denoiser(config, CPU, trained=True)
 
 
 def counted(config) -> dict[str, int]:
