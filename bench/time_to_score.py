@@ -13,7 +13,7 @@ less a recipe spends until its mean curve over the seeds, made isotonic, first c
   the model's users draw, with guidance 3 and the deterministic solver in 10 steps. Each has a target of its own.
 - Search: every recipe without an `optimizer.lr` of its own is tried once at each rate of one grid, on one task, with a seed
   and a budget of the search. While the best rate is at an end of the grid, the next one is tried, at most twice. The mean of
-  a run's last three plain evaluations decides.
+  a run's last three evaluations, of four, decides; they are plain ones.
 - `--recipe NAME ITEM ...` adds a recipe, or replaces one: items are KEY=VALUE, `budget=FORWARDS`, or the name of a recipe
   whose items come first. So `--recipe "LOOP, no average" LOOP ema.decay=null`.
 
@@ -87,6 +87,7 @@ EVALUATIONS = {  # what each has of its own in `eval`; a guided picture costs 20
 }
 COMMON = ("sampling.guidance_scale=1", "tracking.tensorboard=false", "checkpoint.keep=1")
 SEARCH_SEED = 1000
+SEARCH_EVALUATIONS = 4
 
 
 @dataclass(frozen=True)
@@ -129,9 +130,15 @@ class Study:
         rate = [] if run.rate is None else [f"optimizer.lr={run.rate}"]
         return [*COMMON, *TASKS[run.task], *self.items(run.recipe), *self.args.set, *rate, f"seed={run.seed}"]
 
+    def evaluations(self, run: Run) -> tuple[int, dict[str, dict]]:
+        """Return how many times a run is evaluated, and how; those of the search less often and without guidance."""
+        if run.seed == SEARCH_SEED:
+            return SEARCH_EVALUATIONS, {"plain": EVALUATIONS["plain"]}
+        return self.args.evaluations, EVALUATIONS
+
     def key(self, run: Run) -> str:
         """Return a name of all that a run is made of: the same again is not run again."""
-        facts = [self.recipes[run.recipe].trainer, self.overrides(run), run.budget, self.args.evaluations, EVALUATIONS]
+        facts = [self.recipes[run.recipe].trainer, self.overrides(run), run.budget, *self.evaluations(run)]
         return hashlib.sha256(json.dumps([self.args.base.read_text(), *facts]).encode()).hexdigest()[:12]
 
     def config(self, run: Run) -> Config:
@@ -139,7 +146,7 @@ class Study:
         overrides = self.overrides(run)
         config = load_config(self.args.base, overrides)
         one = self.factors.equivalents(**rows_of_iteration(config), images=config.images_per_rollout)
-        iterations, every = schedule(run.budget / one, self.args.evaluations)
+        iterations, every = schedule(run.budget / one, self.evaluations(run)[0])
         own = [f"iterations={iterations}", f"eval.every={every}", f"checkpoint.every={every}"]
         return load_config(self.args.base, [*overrides, *own, f"output_dir={self.folder(run) / 'run'}"])
 
@@ -161,7 +168,7 @@ class Study:
         folder.mkdir(parents=True, exist_ok=True)
         trainer = self.recipes[run.recipe].trainer
         trainer = str(self.args.peer_python) if trainer == "trl" else trainer
-        job = {"trainer": trainer, "config": yaml.safe_load(dump_config(config)), "evaluations": EVALUATIONS}
+        job = {"trainer": trainer, "config": yaml.safe_load(dump_config(config)), "evaluations": self.evaluations(run)[1]}
         (folder / "job.json").write_text(json.dumps(job, indent=1))
         with open(folder / "log", "w") as log:
             command = [sys.executable, str(HERE / "time_to_score_run.py"), str(folder)]
