@@ -9,7 +9,7 @@ less a recipe spends until its mean curve over the seeds, made isotonic, first c
 - Spent: forwards of one row of the UNet, into which all else is converted (bench/forward_equivalents.py), and CPU seconds of
   iterations. Evaluations, checkpoints and loading do not count.
 - Tasks: `color`, the category of the demo, and `mix`, all five. Training draws without guidance.
-- Evaluations, all at the same moments, on the same held-out prompts and noise: `plain` as training samples, and `guided` as
+- Evaluations, all at the same moments, on the same held-out prompts and noise: `plain` as DDPO samples, and `guided` as
   the model's users draw, with guidance 3 and the deterministic solver in 10 steps. Each has a target of its own.
 - Search: every recipe without an `optimizer.lr` of its own is tried once at each rate of one grid, on one task, with a seed
   and a budget of the search. While the best rate is at an end of the grid, the next one is tried, at most twice. The mean of
@@ -82,7 +82,7 @@ TASKS = {  # as many pictures in an evaluation that their noise is about 0.01
     "mix": ("eval.prompts.limit=200", "eval.images_per_prompt=3"),
 }
 EVALUATIONS = {  # what each has of its own in `eval`; a guided picture costs 20 forwards, a plain one 8
-    "plain": {},
+    "plain": {"sampling": {"steps": 8, "eta": 1.0, "guidance_scale": 1.0}},
     "guided": {"images_per_prompt": 1, "sampling": {"steps": 10, "eta": 0.0, "guidance_scale": 3.0}},
 }
 COMMON = ("sampling.guidance_scale=1", "tracking.tensorboard=false", "checkpoint.keep=1")
