@@ -79,6 +79,8 @@ def main() -> int:
         project_kwargs={"project_dir": case["folder"], "logging_dir": case["folder"]},
     )
     pipeline = DefaultDDPOStableDiffusionPipeline(case["folder"], use_lora=case["adapter"] == "lora")
+    if case["guidance_scale"] == 1:  # TRL hands over both conditions all the same, and diffusers would concatenate them
+        pipeline.sd_pipeline._encode_prompt = lambda *_, prompt_embeds, **__: prompt_embeds
     if case["gradient_checkpointing"]:
         pipeline.unet.enable_gradient_checkpointing()
     trainer = DDPOTrainer(config, reward, lambda: (next(prompts), {}), pipeline)

@@ -193,7 +193,7 @@ class Study:
 
     def search(self, recipe: str) -> dict[float, float]:
         """Return the score by learning rate, of one run each; empty where the recipe has a rate of its own."""
-        if not self._searched(recipe):
+        if not self.searched(recipe):
             return {}
         if len(self.args.rates) == 1:
             return {self.args.rates[0]: float("nan")}
@@ -211,10 +211,11 @@ class Study:
     def runs(self, searches: dict[str, dict[float, float]]) -> list[Run]:
         """Return the runs of the study, of every recipe whose rate is known; the seeds one after the other."""
         best = {name: max(found, key=found.get, default=None) for name, found in searches.items()}
-        names = [name for name in self.args.recipes if best[name] is not None or not self._searched(name)]
+        names = [name for name in self.args.recipes if best[name] is not None or not self.searched(name)]
         return [Run(n, t, s, best[n], self.budget(n)) for s in self.args.seeds for t in self.args.tasks for n in names]
 
-    def _searched(self, recipe: str) -> bool:
+    def searched(self, recipe: str) -> bool:
+        """Say whether a recipe has no learning rate of its own."""
         return not any(item.startswith("optimizer.lr=") for item in self.items(recipe))
 
 
@@ -288,7 +289,8 @@ def main(argv: list[str] | None = None) -> int:
         done = list(pool.map(study.train, runs))
     if not any(done):
         return cli.fail(f"no run of the study has finished in {study.file}", 1)
-    unfinished = [f"{run.recipe}, {run.task}, seed {run.seed}" for run, rows in zip(runs, done, strict=True) if not rows]
+    unfinished = [f"{name}, its search" for name in args.recipes if study.searched(name) and not searches[name]]
+    unfinished += [f"{run.recipe}, {run.task}, seed {run.seed}" for run, rows in zip(runs, done, strict=True) if not rows]
     found = {
         task: {
             name: [rows for run, rows in zip(runs, done, strict=True) if rows and (run.task, run.recipe) == (task, name)]

@@ -9,6 +9,7 @@ import sys
 
 import numpy as np
 import pytest
+from safetensors.torch import save_file
 
 from fastloop.recipes import dump_config, load_config
 from fastloop.tracking import read_rows
@@ -188,3 +189,38 @@ def test_a_run_of_fastloop_that_was_interrupted_ends_as_one_that_was_not(bench, 
 
     whole = scores("whole", 4)
     assert scores("parts", 3, 4) == whole and [row["iteration"] for row in whole] == [0, 2, 4]
+
+
+PEER = """#!{python}
+import json, shutil, sys
+case = json.loads(open(sys.argv[2]).read())
+for line in sys.stdin:
+    shutil.copy({weights!r}, case["weights"])
+    print(json.dumps({{"cpu_seconds": 1.5}}), flush=True)
+"""
+
+
+def test_a_peer_trains_and_what_it_hands_over_is_evaluated(bench, bench_module, base, tmp_path):
+    run = bench_module("time_to_score_run")
+    small = ["algorithm=ppo", "images_per_prompt=1", "prompts_per_step=4", "sampling.guidance_scale=1", "iterations=2"]
+    config = load_config(base, [*small, "eval.every=1", f"output_dir={tmp_path}"])
+    denoiser = run.load_denoiser(config.model, run.torch.device("cpu"))
+    denoiser.train_adapter(gradient_checkpointing=False, seed=0)
+    weights, peer = tmp_path / "trained.safetensors", tmp_path / "python"
+    save_file({name: p.detach() + 0.1 for name, p in denoiser.trainable().items()}, weights)
+    peer.write_text(PEER.format(python=sys.executable, weights=str(weights)))
+    peer.chmod(0o755)
+    job = {"trainer": str(peer), "config": config.model_dump(mode="json"), "evaluations": {"plain": {}}}
+    (tmp_path / "job.json").write_text(json.dumps(job))
+    assert run.main(tmp_path) == 0
+    before, once, twice = read_rows(tmp_path / "scores.jsonl")
+    assert before["scores"] != once["scores"] == twice["scores"]
+    assert {key: twice[key] for key in ("images", "sampled", "trained", "cpu")} == {
+        "images": 8,
+        "sampled": 32,
+        "trained": 32,
+        "cpu": 3,
+    }
+    case = json.loads((tmp_path / "case.json").read_text())
+    drawn = run.PromptStream(run.load_prompts(config.prompts), config.seed).draw(0, 8)
+    assert case["prompts"] == [prompt.text for prompt in drawn] and case["steps"] == 4
