@@ -95,8 +95,7 @@ def test_all_calls_of_a_run_have_one_shape_and_the_first_ratios_are_exactly_1(ma
 
     trainer._evaluate = watched
     trainer.denoiser.network.register_forward_pre_hook(lambda _, args: rows[bool(evaluating)].append(len(args[0])))
-    advantages = trainer.advantages
-    trainer.advantages = lambda *args: advantages(*args) * torch.tensor([1.0, 1, 0, 1, 0, 1, 1])
+    trainer.advantages = lambda *args: torch.tensor([1.0, -2, 0, 1, 0, -1, 2])
     trainer.train()
     assert set(rows[False]) == {2 * 4} and set(rows[True]) == {2 * 3}  # with guidance
     found = read_rows(trainer.folder / "metrics.jsonl")
