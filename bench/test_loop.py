@@ -100,4 +100,4 @@ def test_writing_a_checkpoint_of_lora_weights(benchmark, tmp_path):
     number = itertools.count(1)
     benchmark.extra_info["bytes"] = 3 * sum(w.nbytes for w in weights.values())
     benchmark.pedantic(lambda: save_checkpoint(tmp_path, next(number), weights, None, state, keep=2), rounds=5)
-    assert len(list(tmp_path.iterdir())) == 2
+    assert len(list(tmp_path.iterdir())) == min(2, next(number) - 1)
