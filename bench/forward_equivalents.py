@@ -5,7 +5,8 @@
 - a reward: its CPU seconds for a picture, over those of a forward for a row, in the same process and on one thread.
 
 Rows are counted where the network is called (`RowCounter`), so that guidance, copies that fill up a batch, replays and a KL's
-reference all count. Text encoders, which see each prompt once, and optimizer steps do not; CPU seconds have them.
+reference all count; pictures where fastloop decodes them (`PictureCounter`), each with a reward. Text encoders, which see each
+prompt once, and optimizer steps do not; CPU seconds have them.
 """
 
 from __future__ import annotations
@@ -62,9 +63,32 @@ class RowCounter:
         return counts
 
 
-def rows_of_iteration(config: Config) -> dict[str, int]:
-    """Return the rows of the network's calls in an iteration, as `RowCounter` has them, before anything is run."""
-    batches = Batches(config, trained_steps(sampler_table(config.model, config.sampling), config))
+class PictureCounter:
+    """Pictures that a denoiser has decoded since it was last asked."""
+
+    def __init__(self, denoiser) -> None:
+        self.pictures, decode = 0, denoiser.decode
+
+        def counted(latents: torch.Tensor, batch: int):
+            self.pictures += len(latents)
+            return decode(latents, batch)
+
+        denoiser.decode = counted
+
+    def take(self) -> dict[str, int]:
+        """Return their number, and begin again."""
+        pictures, self.pictures = self.pictures, 0
+        return {"pictures": pictures}
+
+
+def rows_of_iteration(config: Config, steps: torch.Tensor | None = None) -> dict[str, int]:
+    """Return the rows of the network's calls in an iteration, as `RowCounter` has them, before anything is run.
+
+    ``steps``: int64, those that are trained; ``None``: as from `trained_steps`.
+    """
+    if steps is None:
+        steps = trained_steps(sampler_table(config.model, config.sampling), config)
+    batches = Batches(config, steps)
     drawn = -(-batches.share // batches.rollout) * batches.rollout
     updated = sum(-(-rows // batches.update) * batches.update for rows in batches.update_rows) * config.passes_per_rollout
     updated *= update_sampling(config).branches

@@ -14,8 +14,8 @@ less a recipe spends until its mean curve over the seeds, made isotonic, first c
 - Search: every recipe without an `optimizer.lr` of its own is tried once at each rate of one grid, on one task, with a seed
   and a budget of the search. While the best rate is at an end of the grid, the next one is tried, at most twice. The mean of
   a run's last three evaluations, of four, decides; they are plain ones.
-- `--recipe NAME ITEM ...` adds a recipe, or replaces one: items are KEY=VALUE, `budget=FORWARDS`, or the name of a recipe
-  whose items come first. So `--recipe "LOOP, no average" LOOP ema.decay=null`.
+- `--recipe NAME ITEM ...` adds a recipe, or replaces one: items are KEY=VALUE, `budget=FORWARDS`, `lever=NAME[:ARGUMENTS]` of
+  bench/levers.py, or the name of a recipe whose items come first. So `--recipe "LOOP, no average" LOOP ema.decay=null`.
 
 Every run is one thread of bench/time_to_score_run.py. What is finished is in time_to_score_cpu.jsonl of the results folder, a
 line for each evaluation, and is not run again; an interrupted run of fastloop goes on where it was. `--table` only reads that
@@ -31,6 +31,7 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -38,7 +39,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import yaml
-from forward_equivalents import Factors, measure_factors, rows_of_iteration
+from forward_equivalents import Factors, measure_factors
+from levers import Lever, parse_levers, planned, settings_of
 from sample_efficiency import wider
 from score_curves import LAST
 from time_to_score_tables import plot, tables
@@ -61,7 +63,7 @@ LEVERS = ("last_steps.drop=3", "clip_range=1.0e-3", "optimizer.schedule=linear",
 
 @dataclass(frozen=True)
 class Recipe:
-    """What differs from the base recipe, KEY=VALUE, and `budget=FORWARDS` where it has one of its own; and who trains."""
+    """What differs from the base recipe: KEY=VALUE, `lever=...`, `budget=FORWARDS` where it has one of its own; who trains."""
 
     items: tuple[str, ...]
     trainer: str = "fastloop"  # baseline: bench/baseline_ppo.py; trl: TRL's in an environment of its own
@@ -117,8 +119,17 @@ class Study:
             self.factors = Factors(**{name: round(value, 4) for name, value in found.items()})
 
     def items(self, recipe: str) -> list[str]:
-        """Return a recipe's KEY=VALUE."""
-        return [item for item in self.recipes[recipe].items if not item.startswith("budget=")]
+        """Return a recipe's KEY=VALUE, those of its levers last."""
+        own = [item for item in self.recipes[recipe].items if not item.startswith(("budget=", "lever="))]
+        return [*own, *settings_of(self.levers(recipe))]
+
+    def specs(self, recipe: str) -> list[str]:
+        """Return a recipe's levers as they were given."""
+        return specs_of(self.recipes[recipe].items)
+
+    def levers(self, recipe: str) -> list[Lever]:
+        """Return a recipe's levers."""
+        return parse_levers(self.specs(recipe))
 
     def budget(self, recipe: str) -> float:
         """Return what a run of a recipe may spend, in forwards."""
@@ -139,13 +150,14 @@ class Study:
     def key(self, run: Run) -> str:
         """Return a name of all that a run is made of: the same again is not run again."""
         facts = [self.recipes[run.recipe].trainer, self.overrides(run), run.budget, *self.evaluations(run)]
+        facts += [lever.text for lever in self.levers(run.recipe)]  # none: the keys of before there were any
         return hashlib.sha256(json.dumps([self.args.base.read_text(), *facts]).encode()).hexdigest()[:12]
 
     def config(self, run: Run) -> Config:
         """Return a run's configuration, as long as its budget lets it be. Raises ``UserError``."""
         overrides = self.overrides(run)
         config = load_config(self.args.base, overrides)
-        one = self.factors.equivalents(**rows_of_iteration(config), images=config.images_per_rollout)
+        one = self.factors.equivalents(**planned(self.levers(run.recipe), config))
         iterations, every = schedule(run.budget / one, self.evaluations(run)[0])
         own = [f"iterations={iterations}", f"eval.every={every}", f"checkpoint.every={every}"]
         return load_config(self.args.base, [*overrides, *own, f"output_dir={self.folder(run) / 'run'}"])
@@ -169,6 +181,7 @@ class Study:
         trainer = self.recipes[run.recipe].trainer
         trainer = str(self.args.peer_python) if trainer == "trl" else trainer
         job = {"trainer": trainer, "config": yaml.safe_load(dump_config(config)), "evaluations": self.evaluations(run)[1]}
+        job["levers"] = self.specs(run.recipe)
         (folder / "job.json").write_text(json.dumps(job, indent=1))
         with open(folder / "log", "w") as log:
             command = [sys.executable, str(HERE / "time_to_score_run.py"), str(folder)]
@@ -179,10 +192,11 @@ class Study:
 
     def _keep(self, run: Run, config: Config, found: list[dict]) -> list[dict]:
         """Add a finished run's evaluations to the rows, and write the file anew."""
-        about = {**asdict(run), "rate": config.optimizer.lr, "run": self.key(run), "items": " ".join(self.items(run.recipe))}
+        items = " ".join(item for item in self.recipes[run.recipe].items if not item.startswith("budget="))
+        about = {**asdict(run), "rate": config.optimizer.lr, "run": self.key(run), "items": items}
         rows = []
         for row in found:
-            spent = self.factors.equivalents(row["sampled"], row["trained"], row["images"])
+            spent = self.factors.equivalents(row["sampled"], row["trained"], row.get("pictures", row["images"]))
             rows.append({**about, **row, "equivalents": round(spent), "factors": asdict(self.factors)})
         with self._lock:  # and in one piece, as other studies may add to the same file
             self.rows += rows
@@ -225,6 +239,11 @@ def schedule(iterations: float, evaluations: int) -> tuple[int, int]:
     return every * max(1, round(iterations / every)), every
 
 
+def specs_of(items: Iterable[str]) -> list[str]:
+    """Return the levers among items."""
+    return [item.removeprefix("lever=") for item in items if item.startswith("lever=")]
+
+
 def with_recipes(given: list[list[str]]) -> dict[str, Recipe]:
     """Return the recipes with those of the command line. Raises ``UserError`` for an item that is none."""
     recipes = dict(RECIPES)
@@ -235,6 +254,8 @@ def with_recipes(given: list[list[str]]) -> dict[str, Recipe]:
                 raise UserError(f"--recipe {name!r}: {item!r} is neither KEY=VALUE nor one of {', '.join(recipes)}")
             found += [item] if "=" in item else recipes[item].items
         recipes[name] = Recipe(tuple(found), RECIPES[name].trainer if name in RECIPES else "fastloop")
+        if parse_levers(specs_of(found)) and recipes[name].trainer != "fastloop":
+            raise UserError(f"--recipe {name!r}: levers are fastloop's: give it another name, so that fastloop trains it")
     return recipes
 
 

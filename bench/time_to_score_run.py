@@ -3,11 +3,12 @@
     python bench/time_to_score_run.py FOLDER
 
 FOLDER holds job.json: who trains (`fastloop`, `baseline` of bench/baseline_ppo.py, or the Python of an environment with TRL),
-the configuration, and what each evaluation has of its own in `eval`, by name. Every `eval.every` iterations all of them are
+the configuration, the levers of fastloop's run (bench/levers.py), if any, and what each evaluation has of its own in `eval`,
+by name. Every `eval.every` iterations all of them are
 made, of the same weights on the same held-out prompts, by `fastloop.evaluation.evaluate` for all trainers; of averaged weights
 where there are any. It writes
 
-    counts.jsonl    of each iteration: pictures, rows of the network's calls, CPU seconds
+    counts.jsonl    of each iteration: images, pictures decoded (some levers: more), rows of the network's calls, CPU seconds
     scores.jsonl    of each evaluation: what has been spent before it, and the scores
 
 CPU seconds are those of iterations: without evaluations, checkpoints and loading. A run of fastloop that was interrupted goes
@@ -24,7 +25,8 @@ from pathlib import Path
 
 import torch
 from baseline_ppo import BaselinePPO, pipeline_of, settings_of
-from forward_equivalents import RowCounter
+from forward_equivalents import PictureCounter, RowCounter
+from levers import Lever, attach, in_place, parse_levers
 from safetensors.torch import load_file
 from throughput_systems import Worker, peer_case, save_for_peer
 
@@ -63,7 +65,8 @@ class Record:
 
     def count(self, iteration: int, rows: dict[str, int], cpu: float) -> None:
         """Take down what an iteration was; again if it was done again after an interruption."""
-        row = {"iteration": iteration, "images": self.config.images_per_rollout, **rows, "cpu": cpu}
+        images = self.config.images_per_rollout
+        row = {"iteration": iteration, "images": images, "pictures": images, **rows, "cpu": cpu}
         append(self.counts, row)
 
     def evaluate(self, iteration: int, denoiser, prompts, rewards: Rewards) -> None:
@@ -73,6 +76,7 @@ class Record:
             return
         before = {row["iteration"]: row for row in read_rows(self.counts) if row["iteration"] <= iteration}.values()
         spent = {name: sum(row[name] for row in before) for name in ("images", "sampled", "trained", "cpu")}
+        spent["pictures"] = sum(row.get("pictures", row["images"]) for row in before)  # a run may be older than that count
         found = {name: evaluate(denoiser, config, prompts, rewards).row()["score"] for name, config in self.configs.items()}
         scores = {name: {key: round(score[key], 5) for key in ("mean", "stderr")} for name, score in found.items()}
         append(self.scores, {"iteration": iteration, **spent, "cpu": round(spent["cpu"], 2), "scores": scores})
@@ -86,7 +90,7 @@ def append(path: Path, row: dict) -> None:
         file.write(json.dumps(row) + "\n")
 
 
-def run_fastloop(config: Config, record: Record) -> None:
+def run_fastloop(config: Config, record: Record, levers: list[Lever]) -> None:
     """Train with fastloop, or go on with it."""
 
     class Watching(Observer):
@@ -96,17 +100,21 @@ def run_fastloop(config: Config, record: Record) -> None:
             done = number - 1
             if done > self.began_at:
                 cpu = read_rows(trainer.folder / "metrics.jsonl")[-1]["time/cpu"]
-                record.count(done, self.counter.take(), cpu)
+                record.count(done, {**self.counter.take(), **self.pictures.take()}, cpu)
             with trainer.ema.applied() if trainer.ema else nullcontext():
                 record.evaluate(done, trainer.denoiser, trainer.eval_prompts, trainer.eval_rewards)
             self.counter.take()
+            self.pictures.take()
 
     watching = Watching()
     left_out = ("evaluation", "export", "report")
     resume = (Path(config.output_dir) / "config.yaml").exists()
-    trainer = Trainer(config, resume=resume, observer=watching, leave_out=left_out)
-    watching.began_at, watching.counter = trainer.iteration, RowCounter(trainer.denoiser.network)
-    trainer.train()
+    with in_place(levers):
+        trainer = Trainer(config, resume=resume, observer=watching, leave_out=left_out)
+        attach(levers, trainer)
+        watching.began_at, watching.counter = trainer.iteration, RowCounter(trainer.denoiser.network)
+        watching.pictures = PictureCounter(trainer.denoiser)
+        trainer.train()
 
 
 def run_baseline(config: Config, record: Record) -> None:
@@ -167,12 +175,13 @@ def run_trl(config: Config, record: Record, python: str) -> None:
 
 def main(folder: Path) -> int:
     job = json.loads((folder / "job.json").read_text())
+    levers = parse_levers(job.get("levers", []))  # before the configuration, which may have names of theirs
     config = parse_config(job["config"], str(folder / "job.json"))
     torch.set_num_threads(1)
     record = Record(folder, config, job["evaluations"])
     try:
         if job["trainer"] == "fastloop":
-            run_fastloop(config, record)
+            run_fastloop(config, record, levers)
         elif job["trainer"] == "baseline":
             run_baseline(config, record)
         else:
