@@ -33,12 +33,13 @@ def trained_steps(table: TransitionTable, config: Config) -> torch.Tensor:
     Raises:
         UserError: no step is left, fewer rows than updates, or noise levels that the model does not know.
     """
-    steps = torch.nonzero(table.trainable)[:, 0]
-    steps = steps[: len(steps) - config.last_steps.drop]
-    if not OBJECTIVES[config.objective].stored_steps:
-        steps, most = torch.arange(config.forward.levels), len(table.schedule.alphas) - 1
-        if config.forward.window[1] > most:
-            raise UserError(f"forward.window: ends at {config.forward.window[1]}, the model's timesteps at {most}: lower it")
+    if OBJECTIVES[config.objective].stored_steps:
+        steps = torch.nonzero(table.trainable)[:, 0]
+        steps = steps[: len(steps) - config.last_steps.drop]
+    else:
+        steps, last, known = torch.arange(config.forward.levels), config.forward.window[1], len(table.schedule.alphas) - 1
+        if last > known:
+            raise UserError(f"forward.window: ends at {last}, the model's timesteps at {known}: lower it")
     if len(steps) == 0:
         raise UserError(f"sampling.steps: none of {len(table)} steps can be trained: raise it or lower last_steps.drop")
     pairs = config.passes_per_rollout * Batches(config, steps).rows

@@ -101,7 +101,7 @@ class PolicyUpdate:
             *([] if self.forward is None else DENOISING),
             *(["kl_reference"] if config.kl.weight else []),
         ]
-        found, norms, ran = [], [], []  # of each update that took a step, the last its rows
+        found, norms, ran = [], [], []  # of each update that took a step: statistics, gradient norm, rows
         total = sum(map(len, updates))
         skipped = total - sum(int(teaches[update].sum()) for update in updates)
         quiet = None if self.ranks.main else True  # None: only where there is a terminal
