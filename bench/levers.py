@@ -8,8 +8,9 @@ for by `lever=NAME[:ARGUMENTS]`, and what it puts into a run of fastloop.
     best_and_worst       only the best and the worst of a prompt are trained. Changes the objective
     control[:BETA]       leave-one-out less that of the reward of x_0 as predicted before the step; BETA is fitted if left out
     tree:STEPxN[:...]    before step STEP a state has N children; advantages among siblings
-    redraw:TIMES         prompts whose images all have the same reward make room for others, at most so often
-    redraw_same:TIMES    images of the same prompt instead. Changes the objective: hard prompts count more
+    redraw:TIMES[:MOST]  prompts whose images all have the same reward make room for others, at most so often. With MOST those
+                         too whose rewards lie no further apart than that, which changes the objective
+    redraw_same:TIMES[:MOST]  images of the same prompt instead. Changes the objective: hard prompts count more
     ratio:trajectory     one clipped ratio for the trained steps of a trajectory
     ratio:total          clip_range in units of the latent's whole log-prob, not of its mean
     ratio:trajectory_total
@@ -196,8 +197,8 @@ def _replay(policy: update.PolicyUpdate, grown) -> float:
 class Redraw(Lever):
     same = False
 
-    def __init__(self, times: str) -> None:
-        self.times = int(times)
+    def __init__(self, times: str, most: str = "0") -> None:
+        self.times, self.most = int(times), float(most)
 
     def attach(self, trainer) -> None:
         inner, k, p = trainer.rollout, trainer.config.images_per_prompt, trainer.config.prompts_per_step
@@ -207,7 +208,7 @@ class Redraw(Lever):
             trajectories, terms = inner(prompts, ids), trainer.rewards.collect()
             for attempt in range(self.times):
                 rewards = _total(trainer, terms).reshape(-1, k)
-                flat = np.flatnonzero((rewards == rewards[:, :1]).all(1))
+                flat = np.flatnonzero(np.ptp(rewards, 1) <= self.most)
                 if len(flat) == 0:
                     break
                 rows = (flat[:, None] * k + np.arange(k)).ravel()

@@ -417,6 +417,27 @@ def test_a_run_with_levers_takes_what_was_planned_and_learns(bench, bench_module
     assert before["scores"] != after["scores"] and after["pictures"] == 3 * planned["images"] and after["images"] == 36
 
 
+def test_a_run_with_levers_that_was_interrupted_ends_as_one_that_was_not(bench, bench_module, base, tmp_path):
+    run, specs = bench_module("time_to_score_run"), ["control", "steps:0:1", "redraw:1:100"]
+    levers = sys.modules["levers"]
+    brought = levers.settings_of(levers.parse_levers(specs))
+    config = load_config(base, ["eval.every=3", "checkpoint.every=1", "sampling.guidance_scale=1", *brought])
+
+    def ends(name: str, *lengths: int) -> list[dict]:
+        folder = tmp_path / name
+        folder.mkdir()
+        for length in lengths:
+            values = {**config.model_dump(mode="json"), "iterations": length, "output_dir": str(folder / "run")}
+            job = {"trainer": "fastloop", "config": values, "evaluations": {"plain": {}}, "levers": specs}
+            (folder / "job.json").write_text(json.dumps(job))
+            assert run.main(folder) == 0
+        return [{**row, "cpu": 0} for row in read_rows(folder / "scores.jsonl") if row["iteration"] in (0, 3)]
+
+    whole = ends("whole", 3)
+    assert ends("parts", 2, 3) == whole
+    assert whole[1]["pictures"] == 3 * 12 * (1 + 1 + 2) and whole[1]["sampled"] == 3 * 2 * 48  # all groups are drawn again
+
+
 def test_a_study_runs_a_recipe_with_a_lever_and_counts_what_it_costs(bench, base, tmp_path, capsys):
     command = ["--base", str(base), "--set", "prompts_per_step=2", "--tasks", "mix", "--seeds", "0", "--rates", "0.01"]
     command += ["--evaluations", "1", "--budget", "150", "--out", str(tmp_path), "--jobs", "2"]
