@@ -21,6 +21,7 @@ The forms, with d = |eps_hat - eps|^2, eps_old the prediction of an older model,
     offset     (A + S) d: no advantage below -S is left
     v          A d / alpha_t: the error of v in place of that of the noise
     group      signed, with the levels and the noise shared by the images of a prompt
+    guided     A d of the guided prediction, where `sampling.guidance_scale` is not 1: both branches have a gradient
 
 A row is written for each run, with the means over the quarters of its iterations, and the table is made of the rows. One
 thread, about a minute a run.
@@ -55,7 +56,7 @@ RECIPE = "configs/shapes_study.yaml"
 OWN = ("algorithm=loop_forward", "last_steps.drop=0", "prompts_per_step=4", "images_per_prompt=4", "ema.decay=0.95")
 OWN += ("optimizer.lr=3e-3", "optimizer.schedule=constant", "eval.images_per_prompt=3")
 OLD = ("nft", "average", "clipped", "reference")  # the forms that need an old prediction
-FORMS = ("signed", *OLD, "offset", "v", "group")
+FORMS = ("signed", *OLD, "offset", "v", "group", "guided")
 OLD_DECAY, BUDGET = 0.95, 33_400
 
 
@@ -92,8 +93,10 @@ class Form(PolicyUpdate):
             return super().loss(transitions, advantages, rows, text, full)
         at, b = transitions.at(rows), self.strength
         row = self.forward.rows(transitions.latents(at)[1], transitions.ids[at.trajectory], at.step)
-        output = self.denoiser.predict(row["x_t"], row["timestep"], *text.of(at), full or self.batches.update)
-        predicted, noise = transition_mean(*output, row["x_t"], row["a"], row["b"], 1.0), row["x_prev"]
+        condition = Texts(self.denoiser, text.prompts, self.config.sampling) if self.form == "guided" else text
+        output = self.denoiser.predict(row["x_t"], row["timestep"], *condition.of(at), full or self.batches.update)
+        guidance, noise = self.config.sampling.guidance_scale, row["x_prev"]
+        predicted = transition_mean(*output, row["x_t"], row["a"], row["b"], guidance)
         advantage, error, old = advantages[at.row], mean_square(predicted - noise), None
         if self.form in OLD:
             old = self.old[at.row]
@@ -102,6 +105,8 @@ class Form(PolicyUpdate):
         elif self.form == "clipped":
             ratio = (mean_square(old - noise) - error).exp()
             loss = torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - b, 1 + b))
+        elif self.form == "guided":
+            loss = advantage * error
         elif self.form == "offset":
             loss = (advantage + b) * error
         elif self.form == "v":
@@ -128,7 +133,9 @@ def run(form: str, strength: float, seed: int, overrides: list[str], folder: str
     """Train once and return the row: what was run, the held-out score, the rewards of the quarters of the run."""
     settings = [*OWN, f"seed={seed}", f"output_dir={folder}/run", *overrides]
     config = load_config(RECIPE, settings)
-    image = config.sampling.steps + 2 + config.forward.levels * (3 + (form in OLD))
+    branches = 1 if config.sampling.guidance_scale == 1 else 2
+    row = 3 * (branches if form == "guided" else 1) + (form in OLD)
+    image = config.sampling.steps * branches + 2 + config.forward.levels * row
     iterations = budget // (image * config.images_per_rollout)
     config = load_config(RECIPE, [*settings, f"iterations={iterations}"])
     trainer = Trainer(config, leave_out=("checkpoints", "evaluation", "export", "report"))

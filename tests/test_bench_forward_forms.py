@@ -27,6 +27,7 @@ def test_while_the_old_model_is_the_current_one_the_bounded_forms_have_the_signe
     first = {form: row["grad_norm"][0] for form, row in rows.items()}  # of the first iteration
     assert all(first[form] == pytest.approx(first["signed"], rel=2e-3) for form in bench.OLD)
     assert all(abs(first[form] / first["signed"] - 1) > 0.02 for form in ("offset", "v", "group"))
+    assert first["guided"] == pytest.approx(first["signed"], rel=2e-3)  # without guidance
     assert rows["nft"]["grad_norm"][3] != pytest.approx(rows["signed"]["grad_norm"][3], rel=1e-3)
     capsys.readouterr()
     assert bench.main(["--table", "--out", str(out)]) == 0
