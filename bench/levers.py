@@ -305,10 +305,11 @@ def parse_levers(specs: list[str]) -> list[Lever]:
         raise UserError(f"{found[clash[0]].text}: does not go with {found[clash[1]].text}: leave one out")
     if len(set(brought)) < len(brought):
         raise UserError(f"{' '.join(lever.text for lever in levers)}: two of them set advantage: leave one out")
-    ADVANTAGES["james_stein"] = lambda: OfReward(james_stein, needs_groups=True)
-    ADVANTAGES["best_and_worst"] = lambda: OfReward(best_and_worst, needs_groups=True)
-    ADVANTAGES.update(control_variate=ControlVariate, tree=TreeAdvantage)
-    OBJECTIVES.update({ratio.name: ratio for ratio in RATIOS.values()})
+    if levers:  # a configuration may then have their names
+        ADVANTAGES["james_stein"] = lambda: OfReward(james_stein, needs_groups=True)
+        ADVANTAGES["best_and_worst"] = lambda: OfReward(best_and_worst, needs_groups=True)
+        ADVANTAGES.update(control_variate=ControlVariate, tree=TreeAdvantage)
+        OBJECTIVES.update({ratio.name: ratio for ratio in RATIOS.values()})
     return levers
 
 
