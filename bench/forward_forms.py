@@ -12,7 +12,8 @@ held-out prompts, 3 images each, on the noise that all evaluations share.
 The forms, with d = |eps_hat - eps|^2, eps_old the prediction of an older model, computed once for each rollout, and S from
 `--strength`:
 
-    signed     A d: what fastloop has
+    group      A d, with the levels and the noise shared by the images of a prompt: what fastloop has
+    signed     A d, with levels and noise of each image's own; so are the following
     nft        2 A (eps_old - eps) eps_hat + S |eps_hat - eps_old|^2: DiffusionNFT's implicit negative policy, where its
                b A_max is S; eps_old of the weights averaged with decay 0.95
     average    A d + S |eps_hat - eps_old|^2, of the same old model: the KL of AWM
@@ -20,7 +21,6 @@ The forms, with d = |eps_hat - eps|^2, eps_old the prediction of an older model,
     reference  as average, of the model before training: what `kl.weight: S` does
     offset     (A + S) d: no advantage below -S is left
     v          A d / alpha_t: the error of v in place of that of the noise
-    group      signed, with the levels and the noise shared by the images of a prompt
     guided     A d of the guided prediction, where `sampling.guidance_scale` is not 1: both branches have a gradient
 
 A row is written for each run, with the means over the quarters of its iterations, and the table is made of the rows. One
@@ -56,7 +56,7 @@ RECIPE = "configs/shapes_study.yaml"
 OWN = ("algorithm=loop_forward", "last_steps.drop=0", "prompts_per_step=4", "images_per_prompt=4", "ema.decay=0.95")
 OWN += ("optimizer.lr=3e-3", "optimizer.schedule=constant", "eval.images_per_prompt=3")
 OLD = ("nft", "average", "clipped", "reference")  # the forms that need an old prediction
-FORMS = ("signed", *OLD, "offset", "v", "group", "guided")
+FORMS = ("group", "signed", *OLD, "offset", "v", "guided")
 OLD_DECAY, BUDGET = 0.95, 33_400
 
 
@@ -80,16 +80,18 @@ class Form(PolicyUpdate):
         with self.denoiser.reference() if self.form == "reference" else self.average.applied():
             for rows in torch.arange(len(transitions)).split(self.batches.update):
                 at = transitions.at(rows)
-                row = self.forward.rows(transitions.latents(at)[1], transitions.ids[at.trajectory], at.step)
+                number = transitions.ids[at.trajectory] * self.config.images_per_prompt
+                row = self.forward.rows(transitions.latents(at)[1], number, at.step)
                 output = self.denoiser.predict(row["x_t"], row["timestep"], *text.of(at), self.batches.update)
                 found.append(transition_mean(*output, row["x_t"], row["a"], row["b"], 1.0))
         return torch.cat(found)
 
     def loss(self, transitions, advantages, rows, text, full=None):
         """As `PolicyUpdate.loss`, with the form's loss."""
-        if self.form in ("signed", "group"):
-            if self.form == "group":
-                transitions = replace(transitions, ids=transitions.ids // self.config.images_per_prompt)
+        if self.form == "group":
+            return super().loss(transitions, advantages, rows, text, full)
+        transitions = replace(transitions, ids=transitions.ids * self.config.images_per_prompt)
+        if self.form == "signed":
             return super().loss(transitions, advantages, rows, text, full)
         at, b = transitions.at(rows), self.strength
         row = self.forward.rows(transitions.latents(at)[1], transitions.ids[at.trajectory], at.step)
@@ -179,7 +181,7 @@ def table(rows: list[dict]) -> str:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of every run")
-    parser.add_argument("--forms", nargs="+", choices=FORMS, default=["signed"])
+    parser.add_argument("--forms", nargs="+", choices=FORMS, default=["group"])
     parser.add_argument("--strength", type=float, default=0.0, help="S of the forms that have one")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--budget", type=int, default=BUDGET, help="forwards of the UNet")

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True)
 class Algorithm:
-    """How a reward becomes an advantage, what is maximised with it, and how often a rollout is used."""
+    """How a reward becomes an advantage, what is maximised with it, and how often a rollout is used.
+
+    Attributes:
+        settings: defaults of its own for keys of sections, by section and key.
+    """
 
     advantage: str
     objective: str
     updates_per_rollout: int
     advantage_clamp: float | None = None
+    settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
+
+FAST = {"ema": {"decay": 0.95}, "optimizer": {"schedule": "linear", "max_grad_norm": 1e-5}}
 
 ALGORITHMS = {
     # leave-one-out PPO, arXiv 2503.00897; whether the paper takes the min or the clipped term alone could not be read
@@ -28,4 +37,15 @@ ALGORITHMS = {
     "grpo": Algorithm("group_norm", "clipped", 2, advantage_clamp=5.0),
     # LOOP's advantages on noised final latents, as DiffusionNFT (arXiv 2509.16117) and AWM train: docs/method.md
     "loop_forward": Algorithm("leave_one_out", "forward_process", 1),
+    # the same with what reached a score with the least compute on the bundled model: docs/comparison.md
+    "loop_fast": Algorithm("leave_one_out", "forward_process", 1, settings=FAST),
 }
+
+
+def settable() -> dict[str, set[str]]:
+    """Return the keys of sections for which some algorithm has a default of its own, by section."""
+    found: dict[str, set[str]] = {}
+    for algorithm in ALGORITHMS.values():
+        for section, settings in algorithm.settings.items():
+            found.setdefault(section, set()).update(settings)
+    return found

@@ -1,4 +1,4 @@
-"""The forward process: a rollout's final latents noised again, at levels that follow from the trajectory's number alone.
+"""The forward process: a rollout's final latents noised again, with noise and levels that the images of a prompt share.
 
     x_t = sqrt(alpha_t) x_0 + sqrt(1 - alpha_t) eps,    eps_hat = ex x_t + em m
 
@@ -22,12 +22,16 @@ _WORD = 1 << 32
 
 
 class ForwardProcess:
-    """Makes rows of final latents, each at one of ``forward.levels`` noise levels."""
+    """Makes rows of final latents, each at one of ``forward.levels`` noise levels.
+
+    Noise and levels follow from the number of the prompt's group alone, so that in a sum over a group, whose leave-one-out
+    advantages add up to 0, what they do to all of its images alike cancels. The gradient's mean is the same.
+    """
 
     def __init__(self, config: Config, schedule: NoiseSchedule, ops: ModuleType, device: torch.device) -> None:
         """``ops`` is what `kernels.backend` gives."""
         self.levels, self.window, self.seed = config.forward.levels, config.forward.window, STREAM | config.seed
-        self.ops = ops
+        self.ops, self.images = ops, config.images_per_prompt
         alphas = schedule.alphas
         _, _, ex, em = schedule.conversions(alphas)
         columns = (alphas.sqrt(), (1 - alphas).sqrt(), ex, em)
@@ -37,10 +41,10 @@ class ForwardProcess:
         """Draw timesteps, int64 (B,): of level j of n uniform in the j-th of n equal parts of the window, its ends included.
 
         Args:
-            trajectory, level: int64 (B,), the numbers that key it.
+            trajectory, level: int64 (B,), the numbers that key it; of the trajectory, that of its group.
         """
-        zero, (first, last) = torch.zeros_like(level), self.window
-        word = philox(self.seed, (zero, level, trajectory % _WORD, trajectory // _WORD))[0]
+        zero, (first, last), group = torch.zeros_like(level), self.window, trajectory // self.images
+        word = philox(self.seed, (zero, level, group % _WORD, group // _WORD))[0]
         return first + (level * _WORD + word) * (last - first + 1) // (self.levels * _WORD)
 
     def rows(self, latents: torch.Tensor, trajectory: torch.Tensor, level: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -49,8 +53,8 @@ class ForwardProcess:
         Args:
             trajectory, level: as for `timesteps`; they key the noise as well.
         """
-        timestep = self.timesteps(trajectory, level)
-        noise = self.ops.initial_noise(self.seed, trajectory * self.levels + level, tuple(latents.shape[1:]))
+        timestep, group = self.timesteps(trajectory, level), trajectory // self.images
+        noise = self.ops.initial_noise(self.seed, group * self.levels + level, tuple(latents.shape[1:]))
         signal, level_noise = (of[timestep].view(-1, *[1] * (latents.dim() - 1)) for of in (self._signal, self._noise))
         return {
             "x_t": signal * latents + level_noise * noise,

@@ -91,9 +91,14 @@ def step_bytes(name: str, sizes: Iterable[int], on_gpu: bool) -> int:
 
 
 class Ema:
-    """Exponential moving average of named parameters, float32: average += (1 - decay) (parameter - average).
+    """Exponential moving average of named parameters, float32: average += (1 - d) (parameter - average).
 
-    Where the parameters are rounded, their ``masters`` are averaged.
+    d is the decay, and at update n no more than (1 + n) / (10 + n), as in diffusers' ``EMAModel``: the average follows the
+    weights at first, and is not held back by those before training. Where the parameters are rounded, their ``masters``
+    are averaged.
+
+    Attributes:
+        updates: so far.
     """
 
     def __init__(
@@ -101,12 +106,15 @@ class Ema:
     ) -> None:
         self.parameters, self.decay, self.masters = parameters, decay, masters or parameters
         self.average = {name: p.detach().float().clone() for name, p in self.masters.items()}
+        self.updates = 0
 
     @torch.no_grad()
     def update(self) -> None:
         """Move the average towards the parameters as they are now."""
+        self.updates += 1
+        stays = min(self.decay, (1 + self.updates) / (10 + self.updates))
         for name, p in self.masters.items():
-            self.average[name].lerp_(p.float(), 1 - self.decay)
+            self.average[name].lerp_(p.float(), 1 - stays)
 
     @contextmanager
     def applied(self) -> Iterator[None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fastloop.algorithms import ALGORITHMS
 from fastloop.batches import Batches, evaluation_batch
 from fastloop.compiling import planned_line
 from fastloop.config import Config
@@ -63,6 +64,7 @@ def derived_lines(batches: Batches) -> list[str]:
         of_each = f"{kept} noise levels in timesteps {config.forward.window[0]} to {config.forward.window[1]}"
     return [
         f"algorithm    {config.algorithm}: advantage {config.advantage}, objective {config.objective}",
+        *_settings_line(config),
         *([f"engine       {_engine_text(config)}"] if config.engine.name == "deepspeed" else []),
         f"rollout      {config.prompts_per_step} prompts x {config.images_per_prompt} images = {n} trajectories of "
         f"{config.sampling.steps} steps, {batches.rollout} at a time"
@@ -78,6 +80,18 @@ def derived_lines(batches: Batches) -> list[str]:
         f"in all       {config.iterations} iterations, {config.iterations * n:,} images, "
         f"{config.iterations * config.updates_per_rollout:,} optimizer steps",
     ]
+
+
+def _settings_line(config: Config) -> list[str]:
+    """Say what else the algorithm sets, as far as the file has left it."""
+    sections = ALGORITHMS[config.algorithm].settings
+    brought = [(section, key, value) for section, settings in sections.items() for key, value in settings.items()]
+    left = [
+        f"{section}.{key}={value:g}" if isinstance(value, float) else f"{section}.{key}={value}"
+        for section, key, value in brought
+        if getattr(getattr(config, section), key) == value
+    ]
+    return [f"             and, as the recipe leaves them to it, {', '.join(left)}"] if left else []
 
 
 def _evaluation_line(config: Config) -> list[str]:

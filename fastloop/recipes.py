@@ -11,7 +11,7 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from fastloop.algorithms import ALGORITHMS
+from fastloop.algorithms import ALGORITHMS, settable
 from fastloop.config import Config
 from fastloop.errors import UserError
 
@@ -104,12 +104,19 @@ def parse_config(values: dict[str, Any], source: str) -> Config:
 def dump_config(config: Config) -> str:
     """Return the configuration as YAML; reading it back gives the same one.
 
-    What the algorithm brings is left out, so that the file with another `algorithm` is that algorithm's.
+    What the algorithm brings is left out, so that the file with another `algorithm` is that algorithm's; so are the defaults
+    of keys that another algorithm brings.
     """
-    values = config.model_dump(mode="json")
-    for key, value in asdict(ALGORITHMS[config.algorithm]).items():
+    values, brought = config.model_dump(mode="json"), asdict(ALGORITHMS[config.algorithm])
+    settings = brought.pop("settings")
+    for key, value in brought.items():
         if values[key] == value:
             del values[key]
+    for section, keys in settable().items():
+        fields = Config.model_fields[section].annotation.model_fields
+        for key in keys:
+            if values[section][key] == settings.get(section, {}).get(key, fields[key].default):
+                del values[section][key]
     return yaml.safe_dump(values, sort_keys=False)
 
 

@@ -277,6 +277,7 @@ class Trainer:
             "images": self.images,
             "seconds": self.seconds,
             "skipped": self.update.skipped,
+            "ema_updates": self.ema.updates if self.ema else 0,
             "prompt_tracker": self.advantage.state_dict(),  # of any advantage; the name is that of the first with a memory
             "rewards": self.rewards.state_dict(),
             "rng": torch.get_rng_state(),
@@ -299,6 +300,7 @@ class Trainer:
         if self.ema and average is not None:
             for name, value in average.items():
                 self.ema.average[name].copy_(value)
+            self.ema.updates = state["ema_updates"]
         self.iteration, self.images, self.seconds = state["iteration"], state["images"], state["seconds"]
         self.update.skipped = state["skipped"]
         if state["prompt_tracker"] is not None:

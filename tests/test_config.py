@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from fastloop.advantages import ADVANTAGES
-from fastloop.algorithms import ALGORITHMS, Algorithm
+from fastloop.algorithms import ALGORITHMS, Algorithm, settable
 from fastloop.batches import kept_steps, trained_steps
 from fastloop.cli import main
 from fastloop.config import Config
@@ -118,13 +118,16 @@ def test_evaluations_sample_as_training_but_for_what_they_say_themselves(load):
 def test_a_dumped_configuration_names_every_key_but_what_the_algorithm_brings(load):
     brought = [field.name for field in dataclasses.fields(Algorithm)]
 
-    def names(model: type[BaseModel], values: dict) -> None:
-        assert list(values) == [name for name in model.model_fields if name not in brought]
+    def names(model: type[BaseModel], values: dict, left_out) -> None:
+        assert list(values) == [name for name in model.model_fields if name not in left_out]
         for name, field in model.model_fields.items():
             if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-                names(field.annotation, values[name])
+                names(field.annotation, values[name], settable().get(name, ()) if model is Config else ())
 
-    names(Config, yaml.safe_load(dump_config(load())))
+    names(Config, yaml.safe_load(dump_config(load())), brought)
+    names(Config, yaml.safe_load(dump_config(load("algorithm: loop_fast\n" + REWARDS))), brought)
+    kept = yaml.safe_load(dump_config(load(f"algorithm: loop_fast\noptimizer: {{schedule: constant}}\n{REWARDS}")))
+    assert kept["optimizer"]["schedule"] == "constant" and "max_grad_norm" not in kept["optimizer"] and kept["ema"] == {}
     own = load(f"algorithm: loop\nupdates_per_rollout: 3\nadvantage_clamp: 2\n{REWARDS}")
     assert [name for name in yaml.safe_load(dump_config(own)) if name in brought] == ["updates_per_rollout", "advantage_clamp"]
 
@@ -141,6 +144,10 @@ def test_an_algorithm_fills_what_the_file_leaves_open(load, name):
     assert (config.advantage, config.objective) == (algorithm.advantage, algorithm.objective)
     assert config.updates_per_rollout == algorithm.updates_per_rollout
     assert config.advantage_clamp == algorithm.advantage_clamp
+    for section, keys in settable().items():
+        for key in keys:
+            found, default = (getattr(getattr(of, section), key) for of in (config, load(REWARDS)))
+            assert found == algorithm.settings.get(section, {}).get(key, default)
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
@@ -152,6 +159,11 @@ def test_what_the_file_says_stands_before_what_the_algorithm_says(load):
     config = load(f"{REWARDS}algorithm: ppo\nadvantage: group_norm\nobjective: clip_only\nupdates_per_rollout: 4")
     assert (config.advantage, config.objective, config.updates_per_rollout) == ("group_norm", "clip_only", 4)
     assert config.advantage_clamp == ALGORITHMS["ppo"].advantage_clamp
+    config = load(f"{REWARDS}algorithm: loop_fast\nema: {{decay: null}}\noptimizer: {{max_grad_norm: 0.5, lr: 0.1}}")
+    assert (config.ema.decay, config.optimizer.max_grad_norm, config.optimizer.lr) == (None, 0.5, 0.1)
+    assert config.optimizer.schedule == ALGORITHMS["loop_fast"].settings["optimizer"]["schedule"] != load().optimizer.schedule
+    with pytest.raises(UserError, match="ema: expected keys below it"):
+        load(f"{REWARDS}algorithm: loop_fast\nema: 0.9")
 
 
 def test_the_default_algorithm_makes_several_updates_per_rollout(load):
@@ -327,7 +339,10 @@ WRONG_VALUES = [
         "optimizer: {name: sgd}",
         "optimizer.name: input should be 'adamw', 'adamw8bit', 'paged_adamw8bit', 'lion8bit' or 'cpu_adamw', got 'sgd'",
     ),
-    ("algorithm: lop", "algorithm: input should be 'loop', 'rloo', 'ppo', 'reinforce', 'grpo' or 'loop_forward', got 'lop'"),
+    (
+        "algorithm: lop",
+        "algorithm: input should be 'loop', 'rloo', 'ppo', 'reinforce', 'grpo', 'loop_forward' or 'loop_fast', got 'lop'",
+    ),
     ("algorithm: [loop]", "algorithm: input should be 'loop'"),
     ("algorithm: {name: loop}", "algorithm: input should be 'loop'"),
     ("algorithm: null", "algorithm: input should be 'loop'"),

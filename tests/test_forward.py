@@ -31,8 +31,8 @@ def process(config) -> ForwardProcess:
 # --- rows -------------------------------------------------------------------------------------------------------------
 
 
-def test_levels_are_uniform_in_their_parts_of_the_window_and_follow_from_the_trajectory_alone(make_config):
-    of = process(make_config(**FORWARD))
+def test_levels_are_uniform_in_their_parts_of_the_window_and_follow_from_the_group_alone(make_config):
+    of = process(make_config(**FORWARD, images_per_prompt=1, advantage="batch_mean"))
     number, level = torch.arange(3000).repeat_interleave(6), torch.arange(6).repeat(3000)
     timesteps = of.timesteps(number, level)
     for j in range(6):
@@ -46,13 +46,15 @@ def test_levels_are_uniform_in_their_parts_of_the_window_and_follow_from_the_tra
     assert of.timesteps(number[some], level[some]).equal(timesteps[some])
     large = torch.tensor([2**40 + 3]), torch.tensor([2])
     assert 100 <= of.timesteps(*large).item() <= 900 and len(timesteps.view(-1, 6).unique(dim=0)) > 2990
-    other = process(make_config(**FORWARD, seed=1))
+    other = process(make_config(**FORWARD, images_per_prompt=1, advantage="batch_mean", seed=1))
     assert not other.timesteps(number, level).equal(timesteps)
+    threes = process(make_config(**FORWARD, images_per_prompt=3))
+    assert threes.timesteps(number, level).equal(of.timesteps(number // 3, level))
 
 
 @pytest.mark.parametrize("model", ["tiny_sd", "tiny_sd_v"])
 def test_a_row_is_the_latents_noised_and_its_mean_the_noise_that_the_network_predicts(make_config, request, model):
-    config = make_config(model={"path": request.getfixturevalue(model)}, **FORWARD)
+    config = make_config(model={"path": request.getfixturevalue(model)}, images_per_prompt=3, **FORWARD)
     of, x_0 = process(config), torch.randn(4, 4, 8, 8)
     number, level = torch.tensor([0, 0, 7, 2**33 + 1]), torch.tensor([0, 5, 0, 3])
     row = of.rows(x_0, number, level)
@@ -64,6 +66,8 @@ def test_a_row_is_the_latents_noised_and_its_mean_the_noise_that_the_network_pre
     assert (mean - noise).abs().max() < 1e-5
     alone = of.rows(x_0[1:2], number[1:2], level[1:2])
     assert all(alone[name].equal(value[1:2]) for name, value in row.items())
+    of_group = of.rows(x_0, torch.tensor([6, 7, 8, 9]), torch.tensor([3, 3, 3, 3]))["x_prev"]
+    assert of_group[:2].equal(of_group[1:3]) and not of_group[2].equal(of_group[3])  # 6, 7 and 8 are of one prompt
     drawn = [reference.initial_noise(config.seed, number, (4, 8, 8)), reference.normal(config.seed, number, 0, 256)]
     drawn += [reference.initial_noise(config.seed | 1 << 32, number, (4, 8, 8))]  # an evaluation's
     every = torch.cat([row["x_prev"].flatten(1), *(one.flatten(1) for one in drawn)])

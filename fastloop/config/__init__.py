@@ -109,8 +109,12 @@ class Config(Strict):
         if not isinstance(name, str) or name not in ALGORITHMS:
             return values
         brought = asdict(ALGORITHMS[name])
-        clamp = brought.pop("advantage_clamp")
+        clamp, sections = brought.pop("advantage_clamp"), brought.pop("settings")
         filled = {key: value for key, value in brought.items() if values.get(key) is None}
+        for section, settings in sections.items():
+            given = values.get(section, {})
+            if isinstance(given, dict):
+                filled[section] = {**settings, **given}
         return {"advantage_clamp": clamp, **values, **filled}  # a clamp of null is none at all
 
     @model_validator(mode="after")

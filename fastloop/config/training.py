@@ -40,7 +40,9 @@ class EmaConfig(Strict):
     """Exponential moving average of the trained weights; evaluated and exported in their place."""
 
     decay: Annotated[float, Field(gt=0, lt=1)] | None = Field(
-        None, description="share of the moving average that stays at each optimizer step; null: no average"
+        None,
+        description="share of the moving average that stays at each optimizer step, less at the first ones: "
+        "at step n at most (1 + n) / (10 + n); null: no average",
     )
 
 
