@@ -58,8 +58,7 @@ SINGLES = ("images_per_prompt=1", "prompts_per_step=64")  # each image of a prom
 GROUPS = ("images_per_prompt=4", "prompts_per_step=16")
 PUBLISHED = ("last_steps.drop=0", "clip_range=1.0e-4", "optimizer.schedule=constant", "ema.decay=null")
 OF_TRL = ("model.lora.rank=4", "memory.rollout_batch=32", "memory.update_batch=32")  # its rank; batches that divide updates
-FAST = ("images_per_prompt=4", "prompts_per_step=4", "last_steps.drop=0", "optimizer.max_grad_norm=1.0e-5")
-FAST += ("optimizer.schedule=constant", "ema.decay=0.95")
+FAST = ("images_per_prompt=8", "prompts_per_step=4", "last_steps.drop=0")  # and what algorithm=loop_fast brings
 LEVERS = ("last_steps.drop=3", "clip_range=1.0e-3", "optimizer.schedule=linear", "ema.decay=0.95")
 
 
@@ -79,7 +78,7 @@ RECIPES = {
     "RLOO": Recipe(("algorithm=rloo", *GROUPS, *PUBLISHED)),
     "GRPO": Recipe(("algorithm=grpo", *GROUPS, *PUBLISHED)),
     "LOOP": Recipe(("algorithm=loop", *GROUPS, *PUBLISHED)),
-    "LOOP fast": Recipe(("algorithm=loop_forward", *FAST, "budget=40000")),
+    "LOOP fast": Recipe(("algorithm=loop_fast", *FAST, "budget=48000")),
 }
 TASKS = {  # as many pictures in an evaluation that their noise is about 0.01
     "color": ("prompts.categories=[color]", "eval.prompts.categories=[color]", "eval.prompts.limit=100")
