@@ -1,4 +1,4 @@
-"""The plot of sensitivity: one setting is changed at a time, the recipe as it is runs once for all axes."""
+"""Sensitivity and ablation: one setting is changed at a time, and what is compared has run once."""
 
 from __future__ import annotations
 
@@ -14,6 +14,11 @@ from fastloop.tracking import read_rows
 def bench(bench_module, monkeypatch):
     monkeypatch.syspath_prepend(str(bench_module("worker").__file__).rsplit("/", 1)[0])
     return bench_module("sensitivity")
+
+
+@pytest.fixture
+def ablation(bench, bench_module):
+    return bench_module("ablation")
 
 
 def settings(bench, *cell) -> dict[str, str]:
@@ -60,3 +65,36 @@ def test_cells_are_run_once_and_drawn(bench, make_config, tmp_path, monkeypatch,
     assert (tmp_path / "sensitivity_cpu.png").stat().st_size > 10_000
     monkeypatch.setattr(sys.modules["time_to_score"].subprocess, "run", None)  # nothing is left to run
     assert bench.main(command) == 0
+
+
+def test_every_variant_is_a_run_that_could_be_trained_and_is_compared_with_its_bases_seed(
+    ablation, monkeypatch, tmp_path, capsys
+):
+    short, asked = sys.modules["short_runs"], []
+
+    def train(study, run):
+        """A variant gains 0.01 a place in the list, a seed 0.1 in all."""
+        asked.append(study.config(run).iterations)
+        score = 0.3 + 0.1 * run.seed + 0.01 * list(study.recipes).index(run.recipe)
+        rows = [{"run": study.key(run), "scores": {"plain": {"mean": mean}}} for mean in (0.3, 0.35, score)]
+        study.rows += rows
+        return rows
+
+    def measured(study):
+        study.factors = sys.modules["forward_equivalents"].Factors(2.0, 2.0, 1.0)
+
+    monkeypatch.setattr(short.ShortRuns, "train", train)
+    monkeypatch.setattr(short.ShortRuns, "measure_factors", measured)
+    assert ablation.main(["--out", str(tmp_path), "--seeds", "0", "1"]) == 0
+    printed = capsys.readouterr().out
+    names = list(ablation.recipes())
+    assert len(asked) == 2 * len(names) and min(asked) > 10
+    of_base = names.index("LOOP fast")
+    assert "| **LOOP with levers** | 0.350 ± 0.000 | 0.350 ± 0.050 |  |" in printed
+    last = 0.01 * (len(names) - 1 - of_base)
+    assert (
+        f"| best and worst alone * | 0.350 ± 0.000 | {0.35 + 0.01 * (len(names) - 1):.3f} ± 0.050 | {last:.3f} ± 0.000 |"
+        in printed
+    )
+    assert (tmp_path / "ablation_cpu.md").read_text().strip() in printed
+    assert (tmp_path / "ablation_cpu.png").stat().st_size > 10_000

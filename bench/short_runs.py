@@ -1,0 +1,100 @@
+"""Short runs of many recipes with one learning rate, evaluated without guidance: what sensitivity.py and ablation.py share."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from time_to_score import EVALUATIONS, Recipe, Run, Study
+
+from fastloop import cli
+from fastloop.errors import UserError
+from fastloop.machine import describe_machine, versions
+
+TASK, RATE = "mix", "optimizer.lr"
+
+
+class ShortRuns(Study):
+    """Recipes that have a learning rate of their own, all with one budget.
+
+    Attributes:
+        times: evaluations of a run, beside that before training.
+    """
+
+    def __init__(self, args: argparse.Namespace, recipes: dict[str, Recipe], rows_file: Path, times: int) -> None:
+        super().__init__(args, recipes, rows_file)
+        self.times = times
+
+    def budget(self, recipe: str) -> float:
+        return self.args.budget
+
+    def evaluations(self, run: Run) -> tuple[int, dict[str, dict]]:
+        return self.times, {"plain": EVALUATIONS["plain"]}
+
+    def run_of(self, recipe: str, seed: int) -> Run:
+        """Return what tells a run of a recipe."""
+        return Run(recipe, TASK, seed, None, self.args.budget)
+
+    def scores(self, recipe: str) -> list[list[float]]:
+        """Return the scores of a recipe's runs that have finished, of each at its evaluations."""
+        runs = [self.finished(self.run_of(recipe, seed)) for seed in self.args.seeds]
+        return [[row["scores"]["plain"]["mean"] for row in rows] for rows in runs if rows]
+
+
+def parser_of(name: str, text: str, budget: float) -> argparse.ArgumentParser:
+    """Return a parser of what both scripts take."""
+    parser = cli.Parser(prog=f"bench/{name}.py", description=text, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--base", type=Path, default=Path("configs/shapes_study.yaml"), metavar="RECIPE.yaml")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="overrides for every run")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--budget", type=float, default=budget, help=f"of a run, in forwards (default: {budget:,.0f})")
+    parser.add_argument("--out", type=Path, default=Path(f"runs/{name}"), help="folder of the runs")
+    parser.add_argument("--results", type=Path, help="folder of rows, tables and plot (default: that of the runs)")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, of one thread each")
+    parser.add_argument("--table", action="store_true", help="only what is made of the rows that are there")
+    return parser
+
+
+def carry_out(
+    argv: list[str] | None,
+    parser: argparse.ArgumentParser,
+    recipes: dict[str, Recipe],
+    times: int,
+    show: Callable[[ShortRuns], list[str]],
+    plot: Callable[[ShortRuns, Path], None],
+) -> int:
+    """Train what is missing, write tables and plot of all that is there, and return an exit status.
+
+    Args:
+        parser: as from `parser_of`. times: evaluations of a run. show: writes the tables. plot: draws into a file.
+    """
+    machine = describe_machine(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        args, name = parser.parse_args(argv), Path(parser.prog).stem
+        stem = (args.results or args.out) / f"{name}_{machine.get('gpu', 'cpu').replace(' ', '_')}"
+        study = ShortRuns(args, recipes, stem.with_suffix(".jsonl"), times)
+        runs = [study.run_of(recipe, seed) for seed in args.seeds for recipe in recipes]
+        if not args.table:
+            study.measure_factors()
+            for run in runs[: len(recipes)]:  # refuses before the first run what does not fit
+                study.config(run)
+    except UserError as error:
+        return cli.fail(str(error), 2)
+    with ThreadPoolExecutor(max(1, args.jobs)) as pool:
+        done = list(pool.map(study.train, runs))
+    if not any(done):
+        return cli.fail(f"no run has finished in {study.file}", 1)
+    parts = show(study)
+    parts.append(f"{args.budget:,.0f} forwards a run; mean ± standard error over {len(args.seeds)} seeds.")
+    if unfinished := [f"{run.recipe}, seed {run.seed}" for run, rows in zip(runs, done, strict=True) if not rows]:
+        parts.append("Not finished: " + "; ".join(unfinished) + ".")
+    where = ", ".join(str(machine[key]) for key in ("gpu", "system", "cpus") if key in machine)
+    parts.append(f"Machine: {where} CPUs; torch {versions()['torch']}. Each run has one thread.")
+    text = "\n\n".join(parts)
+    stem.with_suffix(".md").write_text(text + "\n")
+    plot(study, stem.with_suffix(".png"))
+    print(text)
+    return 1 if unfinished and not args.table else 0
