@@ -2,7 +2,7 @@
 
     python bench/ablation.py --out runs/ablation --results bench/results --jobs 2
 
-Two bases, the recipes of bench/time_to_score.py with the learning rate 0.003:
+Two bases, with the learning rates that the search of bench/time_to_score.py found, 0.003 and 0.006:
 
 - `LOOP with levers`: the policy gradient, with what `PPO with levers` has beside its advantages: the last three steps are not
   trained, clip range 0.001, linear schedule, averaged weights. Each of these is left out once; each lever of bench/levers.py,
@@ -26,11 +26,10 @@ from short_runs import RATE, ShortRuns, carry_out, parser_of
 from time_to_score import FAST, GROUPS, LEVERS, Recipe
 from time_to_score_tables import COLORS, markdown
 
-OWN = f"{RATE}=3e-3"
 CALLS = "memory.update_batch=20"  # where fewer rows are left of an update, calls that are not filled up with copies
 VARIANTS: dict[str, tuple[tuple[str, ...], dict[str, tuple[str, ...]]]] = {  # base: its items, what is added by name
     "LOOP with levers": (
-        ("algorithm=loop", *GROUPS, *LEVERS),
+        ("algorithm=loop", *GROUPS, *LEVERS, f"{RATE}=3e-3"),
         {
             "all steps trained": ("last_steps.drop=0",),
             "clip range 1e-4": ("clip_range=1.0e-4",),
@@ -53,7 +52,7 @@ VARIANTS: dict[str, tuple[tuple[str, ...], dict[str, tuple[str, ...]]]] = {  # b
         },
     ),
     "LOOP fast": (
-        ("algorithm=loop_fast", *FAST),
+        ("algorithm=loop_fast", *FAST, f"{RATE}=6e-3"),
         {
             "constant rate": ("optimizer.schedule=constant",),
             "no averaged weights": ("ema.decay=null",),
@@ -61,6 +60,7 @@ VARIANTS: dict[str, tuple[tuple[str, ...], dict[str, tuple[str, ...]]]] = {  # b
             "AdamW's eps 1e-12": ("optimizer.eps=1.0e-12",),
             "K = 4": ("images_per_prompt=4", "prompts_per_step=8"),
             "16 images a rollout": ("prompts_per_step=2",),
+            "64 images a rollout": ("prompts_per_step=8",),
             "levels of the whole schedule": ("forward.window=[20,980]",),
             "3 levels": ("forward.levels=3",),
             "10 levels": ("forward.levels=10",),
@@ -69,6 +69,7 @@ VARIANTS: dict[str, tuple[tuple[str, ...], dict[str, tuple[str, ...]]]] = {  # b
             "advantages over their std (GRPO)": ("advantage=group_norm",),
             "James-Stein baseline": ("lever=james_stein",),
             "LoRA of rank 4": ("model.lora.rank=4",),
+            "LoRA of rank 64": ("model.lora.rank=64",),
             "LoRA on feed-forward layers too": ("model.lora.target_modules=[to_q,to_k,to_v,to_out.0,ff.net.0.proj,ff.net.2]",),
             "best and worst alone *": ("lever=best_and_worst", CALLS),
         },
@@ -80,8 +81,8 @@ def recipes() -> dict[str, Recipe]:
     """Return the bases and their variants, by name."""
     found = {}
     for base, (items, variants) in VARIANTS.items():
-        found[base] = Recipe((*items, OWN))
-        found |= {f"{base}: {name}": Recipe((*items, OWN, *changes)) for name, changes in variants.items()}
+        found[base] = Recipe(items)
+        found |= {f"{base}: {name}": Recipe((*items, *changes)) for name, changes in variants.items()}
     return found
 
 
