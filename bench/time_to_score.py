@@ -58,7 +58,7 @@ SINGLES = ("images_per_prompt=1", "prompts_per_step=64")  # each image of a prom
 GROUPS = ("images_per_prompt=4", "prompts_per_step=16")
 PUBLISHED = ("last_steps.drop=0", "clip_range=1.0e-4", "optimizer.schedule=constant", "ema.decay=null")
 OF_TRL = ("model.lora.rank=4", "memory.rollout_batch=32", "memory.update_batch=32")  # its rank; batches that divide updates
-FAST = ("images_per_prompt=8", "prompts_per_step=4", "last_steps.drop=0")  # and what algorithm=loop_fast brings
+FAST = ("images_per_prompt=8", "prompts_per_step=2", "last_steps.drop=0")  # and what algorithm=loop_fast brings
 LEVERS = ("last_steps.drop=3", "clip_range=1.0e-3", "optimizer.schedule=linear", "ema.decay=0.95")
 
 
