@@ -37,7 +37,7 @@ def trained_steps(table: TransitionTable, config: Config) -> torch.Tensor:
         steps = torch.nonzero(table.trainable)[:, 0]
         steps = steps[: len(steps) - config.last_steps.drop]
     else:
-        steps, last, known = torch.arange(config.forward.levels), config.forward.window[1], len(table.schedule.alphas) - 1
+        steps, last, known = torch.arange(config.forward.levels), config.forward.window[1], table.schedule.last
         if last > known:
             raise UserError(f"forward.window: ends at {last}, the model's timesteps at {known}: lower it")
     if len(steps) == 0:

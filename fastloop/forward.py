@@ -1,9 +1,10 @@
 """The forward process: a rollout's final latents noised again, with noise and levels that the images of a prompt share.
 
-    x_t = sqrt(alpha_t) x_0 + sqrt(1 - alpha_t) eps,    eps_hat = ex x_t + em m
+    x_t = signal_t x_0 + noise_t eps,    eps_hat = ex x_t + em m
 
-for the network's output m (`NoiseSchedule`). Such a row has the form of a denoising transition: the mean ex x_t + em m and
-the sample eps, with one standard deviation for all. So log-prob, loss and KL are computed by what computes those of steps.
+for the network's output m (`transitions.table.Schedule`). Such a row has the form of a denoising transition: the mean
+ex x_t + em m and the sample eps, with one standard deviation for all. So log-prob, loss and KL are computed by what computes
+those of steps.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 from fastloop.config import Config
 from fastloop.kernels.reference import philox
 from fastloop.objectives import NOISE_SIGMA
-from fastloop.transitions import NoiseSchedule
+from fastloop.transitions.table import Schedule
 
 STREAM = 1 << 33  # training seeds have 32 bits, and evaluations the 33rd: no row shares its noise with a rollout
 _WORD = 1 << 32
@@ -28,13 +29,12 @@ class ForwardProcess:
     advantages add up to 0, what they do to all of its images alike cancels. The gradient's mean is the same.
     """
 
-    def __init__(self, config: Config, schedule: NoiseSchedule, ops: ModuleType, device: torch.device) -> None:
+    def __init__(self, config: Config, schedule: Schedule, ops: ModuleType, device: torch.device) -> None:
         """``ops`` is what `kernels.backend` gives."""
         self.levels, self.window, self.seed = config.forward.levels, config.forward.window, STREAM | config.seed
         self.ops, self.images = ops, config.images_per_prompt
-        alphas = schedule.alphas
-        _, _, ex, em = schedule.conversions(alphas)
-        columns = (alphas.sqrt(), (1 - alphas).sqrt(), ex, em)
+        timesteps, *columns = schedule.levels()
+        self._timesteps = timesteps.to(device)
         self._signal, self._noise, self._ex, self._em = (column.float().to(device) for column in columns)
 
     def timesteps(self, trajectory: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
@@ -62,5 +62,5 @@ class ForwardProcess:
             "a": self._ex[timestep],
             "b": self._em[timestep],
             "sigma": torch.full_like(self._ex[timestep], NOISE_SIGMA),
-            "timestep": timestep,
+            "timestep": self._timesteps[timestep],
         }

@@ -51,7 +51,7 @@ class Objective:
         """Compute the loss of a micro-batch with its statistics, and the denoiser's outputs that it took.
 
         Args:
-            ops: what `kernels.backend` gives. predict: of latents float32 (B, ...) and timesteps int64 (B,).
+            ops: what `kernels.backend` gives. predict: of latents float32 (B, ...) and timesteps (B,).
         """
         outputs = predict(batch.x_t, batch.timestep)
         shared = {"guidance": config.sampling.guidance_scale, "clip_range": config.clip_range, "seed": config.seed}

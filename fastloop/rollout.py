@@ -260,9 +260,10 @@ def gather_scores(rewards: Rewards, ranks: Ranks, n: int) -> Scores:
 def sampler_table(model: ModelConfig, sampling: SamplingConfig) -> TransitionTable:
     """Return the transitions of a model's scheduler; loads no weights. Raises ``UserError`` where they cannot be used."""
     path = model_source(model)
-    family(path, model)  # refuses what cannot be trained, whatever its scheduler
+    adapter = family(path, model)  # refuses what cannot be trained, whatever its scheduler
     scheduler = read_json(path, model, "scheduler_config.json", "scheduler")
     try:
-        return transition_table(scheduler, sampling.steps, sampling.eta)
+        flow = adapter.flow_times(path, model, scheduler, sampling)
+        return transition_table(scheduler, sampling.steps, sampling.eta, sampling.noise, flow)
     except (ValueError, TypeError) as error:
         raise UserError(f"the scheduler of model.path={path}: {error}") from None

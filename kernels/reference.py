@@ -42,7 +42,7 @@ class MicroBatch:
         a, b, sigma: float32 (B,), the step's mean is a x_t + b m for a guided output m.
         log_prob_old: float32 (B,), at the rollout. advantage: float32 (B,).
         trajectory, step: int64 (B,), what keyed the noise of x_prev; only a KL to the policy that sampled needs them.
-        timestep: int64 (B,), what the denoiser is called with. weight: float32 (B,), factor of the loss.
+        timestep: int64, of a flow float32 (B,), what the denoiser is called with. weight: float32 (B,), factor of the loss.
     """
 
     x_t: torch.Tensor

@@ -17,7 +17,8 @@ from fastloop.ranks import ALONE
 from fastloop.recipes import dump_config, load_config
 from fastloop.rollout import rollout
 from fastloop.tracking import read_rows
-from fastloop.transitions import NoiseSchedule, TransitionTable
+from fastloop.transitions import TransitionTable
+from fastloop.transitions.ddim import NoiseSchedule
 from fastloop.update import PolicyUpdate
 
 

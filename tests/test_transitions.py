@@ -9,7 +9,8 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 from torch.distributions import Normal
 
-from fastloop.transitions import _CLASS_DEFAULTS, _DEFAULTS, TransitionTable, transition_table
+from fastloop.transitions import TransitionTable, transition_table
+from fastloop.transitions.ddim import _CLASS_DEFAULTS, _DEFAULTS
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 SPACINGS = ("leading", "trailing", "linspace")

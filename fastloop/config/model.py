@@ -87,7 +87,12 @@ class SamplingConfig(Strict):
     steps: Positive = Field(50, description="denoising steps T, at most the scheduler's `num_train_timesteps`")
     eta: Annotated[float, Field(ge=0, le=1)] = Field(
         1.0,
-        description="DDIM's share of noise in each step; 1 is as noisy as DDPM, 0 deterministic, for `forward_process` alone",
+        description="share of noise in each step; 1 is as noisy as DDPM, 0 deterministic, for `forward_process` alone",
+    )
+    noise: Literal["ddim", "sde", "dance", "cps"] | None = Field(
+        None,
+        description="what `eta` measures: `ddim`, or of a flow-matching model `sde`, `dance` or `cps`; "
+        "null: `ddim`, of a flow `sde`",
     )
     guidance_scale: Annotated[float, Field(ge=1)] = Field(
         5.0, description="w of classifier-free guidance; 1 switches it off and saves the second half of every forward"
@@ -122,7 +127,7 @@ class EvalSamplingConfig(Strict):
 
     steps: Positive | None = Field(None, description="denoising steps; null: `sampling.steps`")
     eta: Annotated[float, Field(ge=0, le=1)] | None = Field(
-        None, description="DDIM's share of noise in each step; 0 is the deterministic solver; null: `sampling.eta`"
+        None, description="share of noise in each step; 0 is the deterministic solver; null: `sampling.eta`"
     )
     guidance_scale: Annotated[float, Field(ge=1)] | None = Field(
         None, description="w of classifier-free guidance, 1 switches it off; null: `sampling.guidance_scale`"

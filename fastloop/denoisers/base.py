@@ -44,6 +44,7 @@ class Denoiser(Adapters, Residence, Export):
     absent: dict[str, Any]  # arguments of the pipeline for the parts that are left out
     upcasts_vae = False  # whether the family's pipeline decodes in float32 where the VAE's config has force_upcast
     sizes_condition = False  # whether the network is told of picture sizes
+    timestep_dtype = torch.int64  # of the scheduler's timesteps, which the network is called with; of a flow float32
     absent_is_zero = False  # whether an absent negative prompt is zeros, not the embedding of an empty text
 
     def __init__(
@@ -84,6 +85,13 @@ class Denoiser(Adapters, Residence, Export):
         """Raise ``UserError`` where what one part gives is not what the next takes, by their configs."""
         raise NotImplementedError
 
+    @classmethod
+    def flow_times(
+        cls, path: str, config: ModelConfig, scheduler: dict[str, Any], sampling: SamplingConfig
+    ) -> dict[str, Any] | None:
+        """Return what the pipeline of a flow calls its scheduler's ``set_timesteps`` with; ``None``: the model is no flow."""
+        return None
+
     latent_channels: int
     own_latent_size: int | tuple[int, int] | None  # of the network's own picture size, or height and width
     size_unit: int  # what height and width of latents must be multiples of
@@ -112,8 +120,8 @@ class Denoiser(Adapters, Residence, Export):
         """Return the network's output for latents in ``model.dtype``; unconditional rows, where there are any, come first.
 
         Args:
-            forward: takes what the network's own forward takes. latents (m, C, H, W), timesteps int64 (m,): of m = n rows, or
-                2 n with guidance. cond, uncond: of n rows each, ``uncond`` may be ``None``.
+            forward: takes what the network's own forward takes. latents (m, C, H, W), timesteps ``timestep_dtype``
+                (m,): of m = n rows, or 2 n with guidance. cond, uncond: of n rows each, ``uncond`` may be ``None``.
         """
         raise NotImplementedError
 
@@ -271,8 +279,9 @@ class Denoiser(Adapters, Residence, Export):
         """Return the network's outputs for prompts and, with guidance, for the negative prompt; both in one forward.
 
         Args:
-            latents: float32 (n, C, H, W). timesteps: int64 (n,). cond, uncond: of n rows, as from `encode`. full: rows that
-                the network computes at least: copies of the last one are added, and what comes of them is dropped.
+            latents: float32 (n, C, H, W). timesteps: ``timestep_dtype`` (n,). cond, uncond: of n rows, as from
+                `encode`. full: rows that the network computes at least: copies of the last one are added, and what comes of
+                them is dropped.
         """
         dtype, n = DTYPES[self.config.dtype], len(latents)
         if full > n:

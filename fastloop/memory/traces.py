@@ -180,7 +180,7 @@ class Traced:
             x, t, *text = inputs(self.denoiser, config.sampling, batch)
             outputs = self.denoiser.predict(x, t, *text)
             row, w = torch.ones(batch), config.sampling.guidance_scale
-            self.ops.sample_transition(*outputs, x, row, row, row, w, 0, t, 0)
+            self.ops.sample_transition(*outputs, x, row, row, row, w, 0, row.long(), 0)
 
     def _decode(self, batch: int) -> None:
         with torch.no_grad():
@@ -222,7 +222,7 @@ def inputs(denoiser: Denoiser, sampling: SamplingConfig, batch: int) -> tuple:
     cond = denoiser.condition(embeddings, sampling)
     uncond = None if sampling.guidance_scale == 1 else denoiser.condition([absent] * batch, sampling)
     x = torch.empty(batch, *denoiser.latent_shape(sampling.height, sampling.width), device=denoiser.device)
-    return x, torch.zeros(batch, dtype=torch.int64, device=denoiser.device), cond, uncond
+    return x, torch.zeros(batch, dtype=denoiser.timestep_dtype, device=denoiser.device), cond, uncond
 
 
 def update_loss(denoiser: Denoiser, config: Config, ops: ModuleType, batch: int) -> torch.Tensor:
@@ -230,7 +230,8 @@ def update_loss(denoiser: Denoiser, config: Config, ops: ModuleType, batch: int)
     x, t, *text = inputs(denoiser, update_sampling(config), batch)
     row = torch.ones(batch, device=x.device)
     vectors = dict.fromkeys(("a", "b", "sigma", "log_prob_old", "advantage", "weight"), row)
-    rows = MicroBatch(x_t=x, x_prev=torch.empty_like(x), **vectors, trajectory=t, step=t, timestep=t)
+    number = row.long()
+    rows = MicroBatch(x_t=x, x_prev=torch.empty_like(x), **vectors, trajectory=number, step=number, timestep=t)
     return micro_batch_loss(denoiser, ops, config, rows, *text)[1].sum()
 
 

@@ -1,4 +1,4 @@
-"""A diffusers scheduler config becomes a table of Gaussian transitions: all that the trainer knows of samplers.
+"""The steps of models that were trained with discrete betas.
 
 Whatever solver a repository ships, fastloop samples with DDIM and noise eta (arXiv 2010.02502, equations 12 and 16),
 since a policy gradient needs the density of each step. From the config it takes what the model was trained with (betas,
@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 from diffusers import DDIMScheduler
+
+from fastloop.transitions.table import FILE, TransitionTable
 
 # What diffusers takes an absent key for, then the classes that differ. Without a class name nothing is clipped.
 _DEFAULTS = {
@@ -46,13 +48,12 @@ _CLASS_DEFAULTS: dict[str | None, dict[str, Any]] = {
     "LMSDiscreteScheduler": _LINSPACE,
     "UniPCMultistepScheduler": _LINSPACE,
 }
-_FILE = "in scheduler/scheduler_config.json"
 _ACCEPTED = {
     "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2"),
     "prediction_type": ("epsilon", "v_prediction", "sample"),
     "timestep_spacing": ("leading", "trailing", "linspace"),
 }
-_NOT_AFFINE = "the step is then not affine in the model output and has no Gaussian density; set it to false " + _FILE
+_NOT_AFFINE = "the step is then not affine in the model output and has no Gaussian density; set it to false " + FILE
 _REFUSED = {
     "clip_sample": ((True,), _NOT_AFFINE),
     "thresholding": ((True,), _NOT_AFFINE),
@@ -74,6 +75,16 @@ class NoiseSchedule:
     alphas: torch.Tensor
     prediction: str
 
+    @property
+    def last(self) -> int:
+        """The largest timestep."""
+        return len(self.alphas) - 1
+
+    def levels(self) -> tuple[torch.Tensor, ...]:
+        """Return (timestep, signal, noise, ex, em) of each timestep: int64 and float64 (num_train_timesteps,)."""
+        _, _, ex, em = self.conversions(self.alphas)
+        return torch.arange(len(self.alphas)), self.alphas.sqrt(), (1 - self.alphas).sqrt(), ex, em
+
     def conversions(self, alpha: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Return (cx, cm, ex, em) of noise levels, of their shape: x_0 = cx x + cm m and eps = ex x + em m for an output m."""
         signal, noise = alpha.sqrt(), (1 - alpha).sqrt()
@@ -85,26 +96,7 @@ class NoiseSchedule:
         }[self.prediction]
 
 
-@dataclass(frozen=True, eq=False)
-class TransitionTable:
-    """Gaussian transitions x' = a x + b m + sigma z of one sampler, first step first; the first x is N(0, I)."""
-
-    timesteps: torch.Tensor  # int64 (T,): what the denoiser is called with
-    a: torch.Tensor  # float64 (T,): factor of the latents x
-    b: torch.Tensor  # float64 (T,): factor of the (guided) model output m
-    sigma: torch.Tensor  # float64 (T,): standard deviation of the noise
-    schedule: NoiseSchedule  # of the model, which the table was made of
-
-    def __len__(self) -> int:
-        return len(self.timesteps)
-
-    @property
-    def trainable(self) -> torch.Tensor:
-        """bool (T,): where sigma > 0. The other steps are sampled, but have no density to train."""
-        return self.sigma > 0
-
-
-def transition_table(scheduler_config: Mapping[str, Any], steps: int, eta: float) -> TransitionTable:
+def ddim_table(scheduler_config: Mapping[str, Any], steps: int, eta: float) -> TransitionTable:
     """Make the DDIM table of `steps` transitions for a diffusers scheduler config, float64 on the CPU.
 
     eta in [0, 1] scales the noise: 0 is deterministic, 1 is DDPM. As in diffusers' DDIMScheduler, the step from t lands
@@ -112,14 +104,12 @@ def transition_table(scheduler_config: Mapping[str, Any], steps: int, eta: float
     Spacing is leading or trailing; linspace, which fits no fixed stride, is taken as leading with offset 1.
 
     Raises ValueError, naming the key, for a config whose steps are not affine in the model output or not variance
-    preserving with discrete betas, for steps outside [1, num_train_timesteps] and for eta outside [0, 1].
+    preserving with discrete betas, and for steps outside [1, num_train_timesteps].
     """
     settings = _checked_settings(scheduler_config)
     prediction, train_steps = settings["prediction_type"], settings["num_train_timesteps"]
     if not 1 <= steps <= train_steps:
         raise ValueError(f"steps={steps}: must be between 1 and the scheduler's num_train_timesteps={train_steps}")
-    if not 0 <= eta <= 1:
-        raise ValueError(f"eta={eta}: must be between 0 (deterministic) and 1 (as noisy as DDPM)")
     if settings["timestep_spacing"] == "linspace":
         # Made for other solvers: DDIM's fixed stride would skip past its timesteps and leave noise in the last latents.
         settings |= {"timestep_spacing": "leading", "steps_offset": 1}
@@ -129,7 +119,7 @@ def transition_table(scheduler_config: Mapping[str, Any], steps: int, eta: float
     decreasing = alphas_cumprod[0] < 1 and (alphas_cumprod.diff() < 0).all() and alphas_cumprod[-1] >= 0
     if len(alphas_cumprod) != train_steps or not decreasing:
         keys = "beta_start, beta_end" if settings["trained_betas"] is None else "trained_betas"
-        raise ValueError(f"scheduler {keys}: must give num_train_timesteps={train_steps} betas in (0, 1); fix {_FILE}")
+        raise ValueError(f"scheduler {keys}: must give num_train_timesteps={train_steps} betas in (0, 1); fix {FILE}")
 
     scheduler.set_timesteps(steps)
     timesteps = scheduler.timesteps[:steps]  # some trailing spacings (61 steps of 1000) come with an extra timestep -1
@@ -140,7 +130,7 @@ def transition_table(scheduler_config: Mapping[str, Any], steps: int, eta: float
     if prediction == "epsilon" and (alpha == 0).any():
         raise ValueError(
             "scheduler rescale_betas_zero_snr=true: x0 cannot be had from epsilon at the first timestep, which is pure"
-            f" noise; set it to false, or timestep_spacing to leading, {_FILE}"
+            f" noise; set it to false, or timestep_spacing to leading, {FILE}"
         )
 
     schedule = NoiseSchedule(alphas_cumprod, prediction)
@@ -164,5 +154,5 @@ def _checked_settings(config: Mapping[str, Any]) -> dict[str, Any]:
             raise ValueError(f"scheduler {key}={str(settings[key]).lower()}: {problem}")
     for key, values in _ACCEPTED.items():
         if settings[key] not in values:
-            raise ValueError(f"scheduler {key}={settings[key]}: unknown; set it to {' | '.join(values)} {_FILE}")
+            raise ValueError(f"scheduler {key}={settings[key]}: unknown; set it to {' | '.join(values)} {FILE}")
     return settings
