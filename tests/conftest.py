@@ -26,12 +26,23 @@ from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
     PNDMScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5TokenizerFast,
+)
 
 from fastloop.denoisers.files import ASSETS
 from fastloop.recipes import parse_config
@@ -103,10 +114,9 @@ def make_vae(sample_size: int, **kwargs) -> AutoencoderKL:
         block_out_channels=(8, 8),
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=4,
         norm_num_groups=4,
         sample_size=2 * sample_size,
-        **kwargs,
+        **{"latent_channels": 4, **kwargs},
     )
 
 
@@ -154,6 +164,68 @@ def make_sdxl(folder, prediction: str = "epsilon", zeros: bool = True) -> str:
     return str(folder)
 
 
+def make_sd3(folder, t5: bool = True, of_network: dict | None = None, **of_scheduler) -> str:
+    """A tiny random StableDiffusion3Pipeline of 16 px pictures.
+
+    Keys and structure are those of stabilityai/stable-diffusion-3.5-medium's config.json files, with shrunken widths: the
+    transformer's patch_size, in_channels, qk_norm, and dual attention in the first blocks; the VAE's shift_factor and
+    scaling_factor, without convolutions around the latents; the activations of the CLIPs and of T5, which is as wide as the
+    joint attention's tokens.
+    """
+    torch.manual_seed(0)
+    tokenizer, tokenizer_2 = make_tokenizer(), make_tokenizer(pad_token="!")
+    words = ["▁a", "▁red", "▁dog", "▁circle", "▁two", "▁", *"abcdefghijklmnopqrstuvwxyz"]
+    vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((word, -float(len(words))) for word in words)]
+    second = make_text_config(tokenizer_2, hidden=24, layers=3, projection=12)
+    second.hidden_act = "gelu"
+    third = T5Config(
+        vocab_size=40,
+        d_model=48,
+        d_kv=8,
+        d_ff=24,
+        num_layers=2,
+        num_heads=2,
+        feed_forward_proj="gated-gelu",
+        is_encoder_decoder=False,
+        dropout_rate=0.1,
+    )
+    transformer = {
+        "sample_size": 8,
+        "patch_size": 2,
+        "in_channels": 16,
+        "out_channels": 16,
+        "num_layers": 3,
+        "attention_head_dim": 8,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 48,
+        "caption_projection_dim": 16,
+        "pooled_projection_dim": 16 + 12,
+        "pos_embed_max_size": 16,
+        "dual_attention_layers": (0, 1),
+        "qk_norm": "rms_norm",
+    }
+    StableDiffusion3Pipeline(
+        text_encoder=CLIPTextModelWithProjection(make_text_config(tokenizer, layers=2)),
+        text_encoder_2=CLIPTextModelWithProjection(second),
+        text_encoder_3=T5EncoderModel(third) if t5 else None,
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer_2,
+        tokenizer_3=T5TokenizerFast(vocabulary, extra_ids=0, model_max_length=512) if t5 else None,
+        transformer=SD3Transformer2DModel(**transformer | (of_network or {})),
+        vae=make_vae(
+            8,
+            latent_channels=16,
+            scaling_factor=1.5305,
+            shift_factor=0.0609,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+            force_upcast=True,
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(**{"shift": 3.0, **of_scheduler}),
+    ).save_pretrained(folder)
+    return str(folder)
+
+
 @pytest.fixture(scope="session")
 def tiny_sd(tmp_path_factory) -> str:
     """Epsilon prediction, a DDIM scheduler."""
@@ -176,6 +248,18 @@ def tiny_sdxl(tmp_path_factory) -> str:
 def tiny_sdxl_v(tmp_path_factory) -> str:
     """v-prediction, and an absent negative prompt is an empty text."""
     return make_sdxl(tmp_path_factory.mktemp("sdxl_v"), "v_prediction", zeros=False)
+
+
+@pytest.fixture(scope="session")
+def tiny_sd3(tmp_path_factory) -> str:
+    """As SD 3.5 medium ships."""
+    return make_sd3(tmp_path_factory.mktemp("sd3"))
+
+
+@pytest.fixture(scope="session")
+def tiny_sd3_plain(tmp_path_factory) -> str:
+    """As SD 3 medium ships, without dual attention and norms of queries and keys, and without its T5."""
+    return make_sd3(tmp_path_factory.mktemp("sd3_plain"), t5=False, of_network={"dual_attention_layers": (), "qk_norm": None})
 
 
 @pytest.fixture

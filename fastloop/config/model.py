@@ -16,10 +16,10 @@ class LoraConfig(Strict):
     alpha: Annotated[float, Field(gt=0)] | None = Field(
         None, description="the adapters' scale is alpha / rank; null: the rank, which makes the scale 1"
     )
-    target_modules: list[str] = Field(
-        ["to_q", "to_k", "to_v", "to_out.0"],
-        min_length=1,
-        description="modules of the UNet that get an adapter, by the ending of their names",
+    target_modules: Annotated[list[str], Field(min_length=1)] | None = Field(
+        None,
+        description="modules of the network that get an adapter, by the ending of their names; null: its attention, "
+        "`[to_q, to_k, to_v, to_out.0]`, of SD3 `add_q_proj, add_k_proj, add_v_proj, to_add_out` too",
     )
     text_encoders: bool = Field(
         False, description="whether the attention of the text encoders gets adapters of the same rank too"
@@ -54,6 +54,11 @@ class ModelConfig(Strict):
     )
     revision: str | None = Field(None, description="branch, tag or commit of a hub id; null: its main branch")
     variant: str | None = Field(None, description="variant of the weight files, such as `fp16`; null: those without a variant")
+    max_sequence_length: Annotated[int, Field(ge=1, le=512)] | None = Field(
+        None,
+        description="SD3 only: tokens of T5; shorter texts are padded, which is attended to and changes the picture; "
+        "null: 256, the pipeline's own",
+    )
     adapter: Literal["lora", "full"] = Field(
         "lora", description="what is trained: LoRA adapters on the UNet, or all of the UNet's weights"
     )

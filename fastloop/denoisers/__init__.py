@@ -20,6 +20,7 @@ from fastloop.machine import xformers_problem
 FAMILIES = {  # the class of a pipeline: the module and the class of its adapter
     "StableDiffusionPipeline": ("fastloop.denoisers.sd", "StableDiffusion"),
     "StableDiffusionXLPipeline": ("fastloop.denoisers.sdxl", "StableDiffusionXL"),
+    "StableDiffusion3Pipeline": ("fastloop.denoisers.sd3", "StableDiffusion3"),
 }
 
 
@@ -36,8 +37,11 @@ def family(path: str, config: ModelConfig):
     if not isinstance(name, str) or name not in FAMILIES:
         raise UserError(f"model.path: {path} is a {name}: supported are {', '.join(FAMILIES)}")
     refuse_own_code(path, index)
-    module, adapter = FAMILIES[name]
-    return getattr(importlib.import_module(module), adapter)
+    module, name = FAMILIES[name]
+    adapter = getattr(importlib.import_module(module), name)
+    if config.max_sequence_length is not None and adapter.sequence_length is None:
+        raise UserError(f"model.max_sequence_length: {path} has a length of its own: leave it out")
+    return adapter
 
 
 def load_denoiser(config: ModelConfig, device: torch.device):

@@ -13,7 +13,6 @@ from fastloop.errors import UserError
 from fastloop.optimizers import holding
 
 ADAPTER = "default"
-TEXT_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]  # of CLIP's attention
 
 
 class Adapters:
@@ -46,12 +45,14 @@ class Adapters:
         Raises:
             UserError: LoRA targets, or blocks to checkpoint, that the network does not have.
         """
+        if self.trains_text and self.text_targets is None:
+            raise UserError("model.lora.text_encoders: those of this model are not trained: set it to false")
         self.set_attention(self.config.attention)
         if self.config.adapter == "lora":
             torch.manual_seed(seed)
-            self._add_lora(self.network_name, self.config.lora.target_modules)
+            self._add_lora(self.network_name, self.config.lora.target_modules or self.lora_targets)
             for name in self.text_encoders if self.trains_text else ():
-                self._add_lora(name, TEXT_TARGETS)
+                self._add_lora(name, self.text_targets)
         else:
             # as it starts and is saved; an engine rounds them to `model.dtype`, and without one autocast does
             self.network.float().requires_grad_(True)
@@ -89,6 +90,10 @@ class Adapters:
     def _checkpoint_only(self, chosen: list[str]) -> None:
         """Leaves gradient checkpointing on in the blocks named, and in what is inside them."""
         blocks = {name: m for name, m in self.network.named_modules() if name and hasattr(m, "gradient_checkpointing")}
+        if not blocks:
+            raise UserError(
+                "memory.gradient_checkpointing: this network checkpoints all of its blocks or none: set it to true"
+            )
         for name in chosen:
             if not any(f"{block}.".startswith(f"{name}.") for block in blocks):
                 outer = [block for block in blocks if block.count(".") <= 1]

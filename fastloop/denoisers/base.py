@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
-from transformers import CLIPTokenizer
+from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from fastloop.config import ModelConfig, SamplingConfig
@@ -45,6 +45,9 @@ class Denoiser(Adapters, Residence, Export):
     upcasts_vae = False  # whether the family's pipeline decodes in float32 where the VAE's config has force_upcast
     sizes_condition = False  # whether the network is told of picture sizes
     timestep_dtype = torch.int64  # of the scheduler's timesteps, which the network is called with; of a flow float32
+    sequence_length: int | None = None  # the pipeline's default of ``model.max_sequence_length``, where it has one
+    lora_targets = ["to_q", "to_k", "to_v", "to_out.0"]  # modules of the network that adapters are for
+    text_targets: list[str] | None = ["q_proj", "k_proj", "v_proj", "out_proj"]  # and of text encoders, CLIP's attention
     absent_is_zero = False  # whether an absent negative prompt is zeros, not the embedding of an empty text
 
     def __init__(
@@ -53,7 +56,7 @@ class Denoiser(Adapters, Residence, Export):
         config: ModelConfig,
         device: torch.device,
         *,
-        tokenizers: dict[str, CLIPTokenizer],
+        tokenizers: dict[str, PreTrainedTokenizerBase],
         text_encoders: dict[str, torch.nn.Module],
         vae: AutoencoderKL,
         network: torch.nn.Module,
@@ -78,7 +81,17 @@ class Denoiser(Adapters, Residence, Export):
         """The modules by the names of their folders in a pipeline."""
         return {self.network_name: self.network, **self.text_encoders, "vae": self.vae}
 
+    @property
+    def max_sequence_length(self) -> int | None:
+        """Tokens of the text encoder whose length is free, ``None`` where there is none."""
+        return self.config.max_sequence_length or self.sequence_length
+
     # --- what a family adds ----------------------------------------------------------------------------------------------
+
+    @classmethod
+    def encoders_of(cls, path: str, config: ModelConfig) -> dict[str, type]:
+        """Return the classes of the text encoders that a pipeline has, by the name of their part."""
+        return cls.text_classes
 
     @classmethod
     def check_fit(cls, path: str, text_configs: dict[str, Any], vae, network) -> None:
@@ -141,7 +154,9 @@ class Denoiser(Adapters, Residence, Export):
         transformers_logging.disable_progress_bar()
         dtype = DTYPES[config.dtype]
         get = random_part if config.random_init else read_part
-        text_encoders = {name: get(name, kind, path, config, dtype, device) for name, kind in cls.text_classes.items()}
+        text_encoders = {
+            name: get(name, kind, path, config, dtype, device) for name, kind in cls.encoders_of(path, config).items()
+        }
         tokenizers = {
             name.replace("text_encoder", "tokenizer"): read_tokenizer(name, path, config, encoder.config)
             for name, encoder in text_encoders.items()
@@ -159,11 +174,12 @@ class Denoiser(Adapters, Residence, Export):
 
         Raises ``UserError`` where a config is missing.
         """
-        kinds = {**cls.text_classes, "vae": AutoencoderKL, cls.network_name: cls.network_class}
+        encoders = cls.encoders_of(path, config)
+        kinds = {**encoders, "vae": AutoencoderKL, cls.network_name: cls.network_class}
         configs = {name: read_json(path, config, "config.json", name) for name in kinds}
         with torch.device("meta"):
             parts = {name: build_part(name, path, maker(kind), configs[name]) for name, kind in kinds.items()}
-        text_encoders = {name: parts[name] for name in cls.text_classes}
+        text_encoders = {name: parts[name] for name in encoders}
         vae, network = parts["vae"], parts[cls.network_name]
         cls.check_fit(path, {name: module.config for name, module in text_encoders.items()}, vae.config, network.config)
         for name, module in parts.items():
@@ -265,11 +281,16 @@ class Denoiser(Adapters, Residence, Export):
         """Of one text; ``None`` is the absent negative prompt."""
         if text is None and self.absent_is_zero:
             return tuple(torch.zeros_like(tensor) for tensor in self.blank_embedding())
-        return self.embed([self.tokens(tokenizer, text or "") for tokenizer in self.tokenizers.values()])
+        return self.embed([self.tokens(name, text or "") for name in self.tokenizers])
 
-    def tokens(self, tokenizer: CLIPTokenizer, text: str) -> torch.Tensor:
-        """Return the ids of a text, int64 (1, L), padded or cut to the length that the text encoder takes."""
-        length = tokenizer.model_max_length
+    def text_length(self, encoder: str) -> int:
+        """Return the tokens that a text encoder takes."""
+        return self.text_encoders[encoder].config.max_position_embeddings
+
+    def tokens(self, name: str, text: str) -> torch.Tensor:
+        """Return the ids that a tokenizer makes of a text, int64 (1, L), padded or cut to what its text encoder takes."""
+        tokenizer = self.tokenizers[name]
+        length = min(tokenizer.model_max_length, self.text_length(name.replace("tokenizer", "text_encoder")))
         ids = tokenizer(text, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
         return upload(ids, self.device)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import diffusers
@@ -21,10 +22,16 @@ class Export:
     def export(self, folder: Path, dtype: str = "fp32") -> None:
         """Write what stock diffusers loads: adapters for ``load_lora_weights``, or a whole pipeline for ``from_pretrained``.
 
+        Beside it, where the model has any, ``call.json``: arguments of the pipeline's call that it was trained with.
+
         Args:
             dtype: of all weights in the files; those of the network are rounded from float32.
         """
-        to = DTYPES[dtype]
+        self._export_weights(folder, DTYPES[dtype])
+        if self.max_sequence_length is not None:
+            (folder / "call.json").write_text(json.dumps({"max_sequence_length": self.max_sequence_length}))
+
+    def _export_weights(self, folder: Path, to: torch.dtype) -> None:
         if self.config.adapter == "lora":
             adapters = {}
             for name, part in self.trained_parts.items():

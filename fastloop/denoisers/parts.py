@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
-from transformers import CLIPTextConfig, CLIPTokenizer
+from transformers import CLIPTokenizer, PreTrainedConfig, PreTrainedTokenizerBase, T5TokenizerFast
 
 from fastloop.config import ModelConfig
 from fastloop.denoisers.files import ASSETS, read_json
@@ -24,9 +24,16 @@ def build_part(name: str, path: str, make: Callable[[dict], torch.nn.Module], va
         raise UserError(f"model.path: cannot build the {name} of {path} from its config.json: {first}") from None
 
 
+def refuse_misfits(path: str, network: str, *rows: tuple[str, int, int, str]) -> None:
+    """Raise ``UserError`` where a part, the channels that it gives, those that the network takes, its key, do not fit."""
+    for what, gives, takes, key in rows:
+        if gives != takes:
+            raise UserError(f"model.path: the {what} of {path} gives {gives} channels, its {network} takes {takes} ({key})")
+
+
 def maker(kind: type):
     """Return what makes a part from the values of its config.json."""
-    return kind.from_config if hasattr(kind, "from_config") else lambda values: kind(CLIPTextConfig(**values))
+    return kind.from_config if hasattr(kind, "from_config") else lambda values: kind(kind.config_class(**values))
 
 
 def read_part(name: str, kind: type, path: str, config: ModelConfig, dtype: torch.dtype, _: torch.device) -> torch.nn.Module:
@@ -55,21 +62,26 @@ def random_part(
             torch.set_default_dtype(before)
 
 
-def read_tokenizer(encoder: str, path: str, config: ModelConfig, text_config: CLIPTextConfig) -> CLIPTokenizer:
-    """Read the tokenizer of a text encoder. Beside random weights it is the bundled model's, at the length of the real one."""
+def read_tokenizer(encoder: str, path: str, config: ModelConfig, text_config: PreTrainedConfig) -> PreTrainedTokenizerBase:
+    """Read the tokenizer of a text encoder, CLIP or T5.
+
+    Beside random weights it is the bundled model's, at the length of the real one.
+    """
     name = encoder.replace("text_encoder", "tokenizer")
     if config.random_init:
         tokenizer = CLIPTokenizer.from_pretrained(ASSETS / "shapes" / "tokenizer")
         tokenizer.model_max_length = text_config.max_position_embeddings
         return tokenizer
     with _refusing(name, path, config):
-        tokenizer = CLIPTokenizer.from_pretrained(path, subfolder=name, revision=config.revision)
+        kind = T5TokenizerFast if text_config.model_type == "t5" else CLIPTokenizer
+        tokenizer = kind.from_pretrained(path, subfolder=name, revision=config.revision)
     if not 3 <= len(tokenizer) <= text_config.vocab_size:  # without its files transformers makes an empty one
         raise UserError(
             f"model.path: the {name} of {path} has {len(tokenizer)} words and its text encoder {text_config.vocab_size}: "
             f"are all files of the folder {name} there?"
         )
-    tokenizer.model_max_length = min(tokenizer.model_max_length, text_config.max_position_embeddings)
+    if kind is CLIPTokenizer:  # T5 has no positions that could run out
+        tokenizer.model_max_length = min(tokenizer.model_max_length, text_config.max_position_embeddings)
     return tokenizer
 
 

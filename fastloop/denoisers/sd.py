@@ -9,8 +9,8 @@ from diffusers import StableDiffusionPipeline
 from transformers import CLIPTextModel
 
 from fastloop.config import SamplingConfig
-from fastloop.denoisers.parts import DTYPES
-from fastloop.denoisers.unet import UNetDenoiser, refuse_misfits
+from fastloop.denoisers.parts import DTYPES, refuse_misfits
+from fastloop.denoisers.unet import UNetDenoiser
 
 
 class StableDiffusion(UNetDenoiser):
@@ -25,6 +25,7 @@ class StableDiffusion(UNetDenoiser):
         """Raise ``UserError`` where text encoder, VAE and UNet differ in their channels."""
         refuse_misfits(
             path,
+            "UNet",
             ("text encoder", text_configs["text_encoder"].hidden_size, network.cross_attention_dim, "cross_attention_dim"),
             ("VAE", vae.latent_channels, network.in_channels, "in_channels"),
         )

@@ -11,9 +11,9 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from fastloop.config import SamplingConfig
 from fastloop.denoisers.files import read_json
-from fastloop.denoisers.parts import DTYPES
+from fastloop.denoisers.parts import DTYPES, refuse_misfits
 from fastloop.denoisers.residence import upload
-from fastloop.denoisers.unet import UNetDenoiser, refuse_misfits
+from fastloop.denoisers.unet import UNetDenoiser
 from fastloop.errors import UserError
 
 TIME_IDS = 6  # original height and width, crop from the top and the left, target height and width
@@ -57,6 +57,7 @@ class StableDiffusionXL(UNetDenoiser):
         pooled = TIME_IDS * network.addition_time_embed_dim + second.projection_dim
         refuse_misfits(
             path,
+            "UNet",
             (
                 "pair of text encoders",
                 first.hidden_size + second.hidden_size,

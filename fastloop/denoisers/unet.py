@@ -10,7 +10,6 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastloop.denoisers.base import Denoiser
-from fastloop.errors import UserError
 
 
 class FlashAttention(AttnProcessor2_0):
@@ -61,10 +60,3 @@ class UNetDenoiser(Denoiser):
     def size_unit(self) -> int:
         """Height and width of latents must be multiples of this: each block but the last halves them."""
         return 2 ** (len(self.network.config.block_out_channels) - 1)
-
-
-def refuse_misfits(path: str, *rows: tuple[str, int, int, str]) -> None:
-    """Raise ``UserError`` where a part, the channels that it gives, those that the UNet takes, the UNet's key, do not fit."""
-    for what, gives, takes, key in rows:
-        if gives != takes:
-            raise UserError(f"model.path: the {what} of {path} gives {gives} channels, its UNet takes {takes} ({key})")

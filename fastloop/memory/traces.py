@@ -165,8 +165,8 @@ class Traced:
     def _encode(self) -> int:
         """Bytes at most, of one text."""
         with torch.no_grad(), LiveBytes() as live:
-            for encoder in self.denoiser.text_encoders.values():
-                encoder(torch.zeros(1, encoder.config.max_position_embeddings, dtype=torch.int64), output_hidden_states=True)
+            for name, encoder in self.denoiser.text_encoders.items():
+                encoder(torch.zeros(1, self.denoiser.text_length(name), dtype=torch.int64), output_hidden_states=True)
         return live.peak
 
     def _rollout(self, batch: int) -> None:
@@ -214,7 +214,7 @@ def inputs(denoiser: Denoiser, sampling: SamplingConfig, batch: int) -> tuple:
     blank = denoiser.blank_embedding()
     embeddings, absent = [blank] * batch, blank
     if denoiser.trains_text:
-        lengths = [encoder.config.max_position_embeddings for encoder in denoiser.text_encoders.values()]
+        lengths = map(denoiser.text_length, denoiser.text_encoders)
         ids = [torch.zeros(1, length, dtype=torch.int64, device=denoiser.device) for length in lengths]
         embeddings = [denoiser.embed(ids) for _ in range(batch)]
         zeros = denoiser.absent_is_zero and not sampling.negative_prompt

@@ -1,0 +1,172 @@
+"""Stable Diffusion 3 medium, 3.5 medium and large: flows with a joint transformer, two CLIPs and, where it is there, T5.
+
+What is written for UNets does not apply to the transformer: of the modules that launch less only LoRA's layers and the frozen
+convolution are in it, fused kernels find nothing, and its attention is PyTorch's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
+from transformers import CLIPTextModelWithProjection, T5EncoderModel
+
+from fastloop.config import ModelConfig, SamplingConfig
+from fastloop.denoisers.base import Denoiser
+from fastloop.denoisers.files import read_json
+from fastloop.denoisers.parts import DTYPES, refuse_misfits
+from fastloop.errors import UserError
+
+T5 = "text_encoder_3"
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What the transformer is told of n pictures.
+
+    Attributes:
+        text: (n, L, C), the tokens of both CLIPs side by side, zeros up to T5's width, and then those of T5.
+        pooled: (n, P), the projections of the whole text by both CLIPs.
+    """
+
+    text: torch.Tensor
+    pooled: torch.Tensor
+
+    def __getitem__(self, rows: torch.Tensor) -> Conditioning:
+        return Conditioning(self.text[rows], self.pooled[rows])
+
+
+class StableDiffusion3(Denoiser):
+    """Three text encoders, of which T5 may be left out of the pipeline: its tokens are zeros then."""
+
+    network_class = SD3Transformer2DModel
+    network_name = "transformer"
+    pipeline_class = StableDiffusion3Pipeline
+    text_classes = {
+        "text_encoder": CLIPTextModelWithProjection,
+        "text_encoder_2": CLIPTextModelWithProjection,
+        T5: T5EncoderModel,
+    }
+    timestep_dtype = torch.float32
+    sequence_length = 256  # as the pipeline's own default
+    lora_targets = [*Denoiser.lora_targets, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
+    text_targets = None
+
+    @classmethod
+    def encoders_of(cls, path: str, config: ModelConfig) -> dict[str, type]:
+        """Return the classes of the text encoders that a pipeline has, by the name of their part."""
+        has_t5 = read_json(path, config, "model_index.json").get(T5, [None])[0] is not None
+        return {name: kind for name, kind in cls.text_classes.items() if has_t5 or name != T5}
+
+    @classmethod
+    def check_fit(cls, path, text_configs, vae, network) -> None:
+        """Raise ``UserError`` where text encoders, VAE and transformer differ in their channels."""
+        clips = [text_configs[name] for name in cls.text_classes if name != T5]
+        pooled, width = (sum(getattr(clip, key) for clip in clips) for key in ("projection_dim", "hidden_size"))
+        wide = network.joint_attention_dim
+        t5 = [("third text encoder", text_configs[T5].d_model, wide, "joint_attention_dim")] if T5 in text_configs else []
+        refuse_misfits(
+            path,
+            "transformer",
+            ("pair of CLIPs", pooled, network.pooled_projection_dim, "pooled_projection_dim"),
+            ("pair of CLIPs", width, min(width, wide), "joint_attention_dim"),
+            *t5,
+            ("VAE", vae.latent_channels, network.in_channels, "in_channels"),
+        )
+
+    @classmethod
+    def flow_times(cls, path, config, scheduler, sampling) -> dict[str, Any]:
+        """Return the number of steps, and with dynamic shifting ``mu``, which follows from the size of the picture."""
+        times = {"num_inference_steps": sampling.steps}
+        if scheduler.get("use_dynamic_shifting"):
+            own = FlowMatchEulerDiscreteScheduler.from_config(scheduler).config
+            network, vae = (read_json(path, config, "config.json", part) for part in ("transformer", "vae"))
+            scale, patch = 2 ** (len(vae["block_out_channels"]) - 1), network["patch_size"]
+            sides = (network["sample_size"] if size is None else size // scale for size in (sampling.height, sampling.width))
+            height, width = (side // patch for side in sides)
+            shifts = own.base_image_seq_len, own.max_image_seq_len, own.base_shift, own.max_shift
+            times["mu"] = calculate_shift(height * width, *shifts)
+        return times
+
+    @property
+    def absent(self) -> dict[str, None]:
+        """Arguments of the pipeline for the parts that are left out."""
+        without_t5 = () if T5 in self.text_encoders else (T5, "tokenizer_3")
+        return dict.fromkeys(("image_encoder", "feature_extractor", *without_t5))
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of the latents."""
+        return self.network.config.in_channels
+
+    @property
+    def own_latent_size(self) -> int:
+        """The latents' size that the transformer was trained at."""
+        return self.network.config.sample_size
+
+    @property
+    def size_unit(self) -> int:
+        """Height and width of latents must be multiples of this: the side of a patch."""
+        return self.network.config.patch_size
+
+    def latent_shape(self, height: int | None, width: int | None) -> tuple[int, int, int]:
+        """Return (C, H, W) of the latents; raises ``UserError`` for sizes beyond the transformer's positions too."""
+        shape = super().latent_shape(height, width)
+        most = self.network.config.pos_embed_max_size * self.size_unit
+        for key, size in zip(("height", "width"), shape[1:], strict=True):
+            if size > most:
+                pixels = size * self.scale_factor
+                raise UserError(
+                    f"sampling.{key}: {pixels} pixels: this model has positions for {most * self.scale_factor} at most"
+                )
+        return shape
+
+    def prepare_network(self) -> None:
+        """Name the transformer's repeated blocks, which diffusers does not, for ``model.compile: regional``."""
+        self.network._repeated_blocks = ["JointTransformerBlock"]
+
+    def idle_modules(self, part: str) -> str:
+        """Name the last block's queries of the text, whose outputs are dropped."""
+        return rf"transformer_blocks\.{self.network.config.num_layers - 1}\.attn\.add_q_proj"
+
+    def text_length(self, encoder: str) -> int:
+        """Return the tokens that a text encoder gets: of T5 ``model.max_sequence_length``."""
+        return self.max_sequence_length if encoder == T5 else super().text_length(encoder)
+
+    def embed(self, ids: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the tokens of one text, (L, C), and its projections, (P,)."""
+        *clips, t5 = (self.text_encoders.get(name) for name in self.text_classes)
+        outputs = [clip(of_clip, output_hidden_states=True) for clip, of_clip in zip(clips, ids, strict=False)]
+        tokens = torch.cat([output.hidden_states[-2][0] for output in outputs], -1)
+        wide = self.network.config.joint_attention_dim
+        more = tokens.new_zeros(self.max_sequence_length, wide) if t5 is None else t5(ids[-1])[0][0]
+        tokens = torch.nn.functional.pad(tokens, (0, wide - tokens.shape[-1]))
+        return torch.cat([tokens, more]), torch.cat([output.text_embeds[0] for output in outputs], -1)
+
+    def blank_embedding(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return an empty embedding, (L, C) and (P,), in ``model.dtype``."""
+        config, like = self.network.config, {"dtype": DTYPES[self.config.dtype], "device": self.device}
+        length = self.text_length("text_encoder") + self.max_sequence_length
+        return torch.empty(length, config.joint_attention_dim, **like), torch.empty(config.pooled_projection_dim, **like)
+
+    def condition(self, embeddings: list[tuple[torch.Tensor, torch.Tensor]], sampling: SamplingConfig) -> Conditioning:
+        """Stack the embeddings of n texts."""
+        texts, pooled = zip(*embeddings, strict=True)
+        return Conditioning(torch.stack(texts), torch.stack(pooled))
+
+    def call(
+        self, forward: Callable[..., Any], latents, timesteps, cond: Conditioning, uncond: Conditioning | None
+    ) -> torch.Tensor:
+        """Call the transformer with latents (m, 16, H, W) and float32 timesteps (m,), as stock does; returns the velocity."""
+        both, dtype = [cond] if uncond is None else [uncond, cond], DTYPES[self.config.dtype]
+        return forward(
+            hidden_states=latents,
+            timestep=timesteps,
+            encoder_hidden_states=torch.cat([c.text for c in both]).to(dtype),
+            pooled_projections=torch.cat([c.pooled for c in both]).to(dtype),
+            return_dict=False,
+        )[0]

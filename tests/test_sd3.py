@@ -1,0 +1,343 @@
+"""The SD3 adapter against stock diffusers on the same files, runs of tiny SD3s, their exports and their plans."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_sd3
+from diffusers import StableDiffusion3Pipeline
+from known_traces import trace_nothing
+from run_files import equal, weights
+from stock_sdxl import gap, levels
+from stock_sdxl import stock as stock_pipeline
+from test_sdxl import edit_json, load, trainable
+
+from fastloop.config import SamplingConfig
+from fastloop.denoisers import build_skeleton, ready_denoiser
+from fastloop.errors import UserError
+from fastloop.kernels import reference
+from fastloop.kernels.reference import initial_noise
+from fastloop.memory.traces import LiveBytes, Traced, update_loss
+from fastloop.plan import plan
+from fastloop.preflight import preflight
+from fastloop.rollout import rollout, sampler_table
+from fastloop.tracking import read_rows
+from fastloop.trainer import Trainer
+
+CPU = torch.device("cpu")
+SEED, PROMPTS = 5, ["a red circle", "two dogs left of a circle " * 4, ""]
+GUIDED = SamplingConfig(steps=4, guidance_scale=3.0, eta=0.0)
+FULL = {"adapter": "full"}
+
+
+@pytest.fixture(scope="session")
+def tiny_sd3_shifting(tmp_path_factory) -> str:
+    """With times that follow from the size of the picture, which SD3's pipeline knows as well."""
+    shifting = {"use_dynamic_shifting": True, "base_image_seq_len": 16, "max_image_seq_len": 64}
+    return make_sd3(tmp_path_factory.mktemp("sd3_shifting"), **shifting)
+
+
+def stock(path, **kwargs) -> StableDiffusion3Pipeline:
+    """diffusers' own pipeline of a folder; where the folder has no T5 it wants to be told so."""
+    absent = {} if (Path(path) / "text_encoder_3").exists() else {"text_encoder_3": None, "tokenizer_3": None}
+    return stock_pipeline(path, **absent, **kwargs)
+
+
+def stock_run(
+    pipeline: StableDiffusion3Pipeline, sampling: SamplingConfig, shape, **call
+) -> tuple[torch.Tensor, np.ndarray, list]:
+    """Last latents and pictures of stock diffusers from our x_T, and what went in and out of its transformer."""
+    calls = []
+    hook = pipeline.transformer.register_forward_hook(lambda _, a, kw, out: calls.append((kw, out[0])), with_kwargs=True)
+    latents = pipeline(
+        PROMPTS,
+        negative_prompt=[sampling.negative_prompt] * len(PROMPTS) if sampling.negative_prompt else None,
+        num_inference_steps=sampling.steps,
+        guidance_scale=sampling.guidance_scale,
+        height=sampling.height,
+        width=sampling.width,
+        latents=initial_noise(SEED, torch.arange(len(PROMPTS)), shape),
+        output_type="latent",
+        **call,
+    ).images
+    hook.remove()
+    config = pipeline.vae.config
+    decoded = pipeline.vae.decode(latents / config.scaling_factor + config.shift_factor).sample.detach()
+    return latents, np.stack([np.asarray(image) for image in pipeline.image_processor.postprocess(decoded)]), calls
+
+
+def our_run(denoiser, sampling: SamplingConfig):
+    table, ids = sampler_table(denoiser.config, sampling), torch.arange(len(PROMPTS))
+    settings = {"sampling": sampling, "seed": SEED, "batch": 2, "vae_batch": 2, "backend": "reference"}
+    return rollout(denoiser, table, PROMPTS, ids, **settings)
+
+
+# --- conditioning and prediction -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("length", [None, 20])
+@pytest.mark.parametrize("path, negative", [("tiny_sd3", "a dog"), ("tiny_sd3", ""), ("tiny_sd3_plain", "")])
+def test_embeddings_equal_stock_diffusers(request, path, negative, length) -> None:
+    path = request.getfixturevalue(path)
+    sampling = SamplingConfig(guidance_scale=3.0, negative_prompt=negative)
+    cond, uncond = load(path, max_sequence_length=length).encode(PROMPTS, sampling)
+    wanted = stock(path).encode_prompt(
+        PROMPTS, None, None, device=CPU, negative_prompt=negative, **({"max_sequence_length": length} if length else {})
+    )
+    for ours, theirs in zip((cond.text, uncond.text, cond.pooled, uncond.pooled), wanted, strict=True):
+        assert gap(ours, theirs) < 1e-5
+    assert cond.text.shape == (3, 16 + (length or 256), 48)
+    assert (cond.text[:, 16:] == 0).all() == path.endswith("plain0")  # T5's tokens
+    assert gap(cond.pooled[0], cond.pooled[1]) > 0.1
+    rows = cond[torch.tensor([2, 0])]
+    assert rows.text.equal(cond.text[[2, 0]]) and rows.pooled.equal(cond.pooled[[2, 0]])
+
+
+@pytest.mark.parametrize(
+    "path, changes",
+    [
+        ("tiny_sd3", {"negative_prompt": "a dog", "height": 24, "width": 20}),
+        ("tiny_sd3", {"guidance_scale": 1.0}),
+        ("tiny_sd3_plain", {"noise": "cps"}),
+        ("tiny_sd3_shifting", {"noise": "dance", "height": 32}),
+    ],
+    ids=str,
+)
+def test_without_noise_inputs_predictions_latents_and_pictures_are_those_of_stock(request, path, changes) -> None:
+    path, sampling = request.getfixturevalue(path), GUIDED.model_copy(update=changes)
+    denoiser, n = load(path), len(PROMPTS)
+    latents, images, calls = stock_run(stock(path), sampling, denoiser.latent_shape(sampling.height, sampling.width))
+    cond, uncond = denoiser.encode(PROMPTS, sampling)
+    table = sampler_table(denoiser.config, sampling)
+    assert table.timesteps.equal(torch.stack([call["timestep"][0] for call, _ in calls]))
+    fed = []
+    denoiser.network.register_forward_pre_hook(lambda _, args, kwargs: fed.append(kwargs["timestep"]), with_kwargs=True)
+    for call, output in calls:
+        sample, timestep = call["hidden_states"], call["timestep"]
+        with torch.no_grad():
+            ours, without = denoiser.predict(sample[-n:], timestep[-n:], cond, uncond)
+        assert fed[-1].dtype == timestep.dtype == torch.float32 and fed[-1].equal(timestep)
+        assert gap(ours, output[-n:]) < 1e-5
+        if uncond is not None:
+            assert gap(without, output[:n]) < 1e-5 and gap(ours, without) > 1e-3
+    sampled = our_run(denoiser, sampling)
+    assert gap(sampled.latents[-1], latents) < 1e-4
+    assert levels(sampled.images, images) <= 1 and images.std() > 5
+
+
+def test_half_precision_is_fed_float32_times_as_stock_is(tiny_sd3) -> None:
+    denoiser, fed = load(tiny_sd3, dtype="bf16"), []
+    denoiser.network.register_forward_pre_hook(lambda _, args, kwargs: fed.append(kwargs), with_kwargs=True)
+    sampling = GUIDED.model_copy(update={"guidance_scale": 1.0})
+    latents, _, calls = stock_run(stock(tiny_sd3, torch_dtype=torch.bfloat16), sampling, (16, 8, 8))
+    ours = our_run(denoiser, sampling)
+    for ours_in, (theirs, _) in zip(fed[:4], calls, strict=True):
+        assert ours_in["timestep"].dtype == torch.float32 and ours_in["timestep"][0] == theirs["timestep"][0]
+        names = ("hidden_states", "encoder_hidden_states", "pooled_projections")
+        assert {ours_in[name].dtype for name in names} == {theirs[name].dtype for name in names} == {torch.bfloat16}
+    assert ours.latents.dtype == torch.float32 and gap(ours.latents[-1], latents.float()) < 0.1
+
+
+# --- whole runs ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def make_run(make_config, tiny_sd3, tmp_path, no_report):
+    """A function that trains a tiny SD3 in a folder of that name."""
+
+    def make(name: str, resume: bool = False, model: dict | None = None, **changes) -> Trainer:
+        small = {
+            "eval": {"every": 9, "prompts": {"source": "animals", "limit": 1}},
+            "checkpoint": {"every": 1, "keep": 9},
+            "memory": {"rollout_batch": 5, "update_batch": 5},
+            "sampling": {"steps": 4, "eta": 0.7},
+        }
+        model = {"path": tiny_sd3, "max_sequence_length": 12, **(model or {})}
+        trainer = Trainer(make_config(model=model, output_dir=str(tmp_path / name), **small | changes), resume)
+        trainer.train()
+        return trainer
+
+    return make
+
+
+@pytest.mark.parametrize(
+    "model, changes",
+    [
+        ({}, {"kl": {"weight": 0.1}, "sampling": {"steps": 4, "eta": 0.7, "noise": "sde"}}),
+        (FULL, {"kl": {"weight": 0.1}, "ema": {"decay": 0.5}, "optimizer": {"lr": 1e-4}}),
+        ({"dtype": "bf16"}, {"sampling": {"steps": 4, "eta": 0.5, "noise": "cps"}}),
+        ({}, {"sampling": {"steps": 4, "eta": 0.3, "noise": "dance"}}),
+    ],
+    ids=str,
+)
+def test_it_trains_from_a_ratio_of_exactly_1_and_resumes_to_the_same_weights(make_run, model, changes) -> None:
+    changes = {"model": model, "safety": {"max_ratio_dev": 0}, **changes}
+    one = {"prompts_per_step": 1, "images_per_prompt": 5}  # a rollout is one batch, as large as the first update's
+    whole = make_run("whole", **changes, **one)
+    first = read_rows(whole.folder / "metrics.jsonl")[0]
+    assert first["policy/replay_max_dev"] == first["policy/ratio_first_dev"] == 0 < first["policy/grad_norm"]
+    assert whole.steps_trained.tolist() == [0, 1, 2]
+    start, end = weights(whole.folder, 0), weights(whole.folder, 2)
+    assert all((start[name] != end[name]).any() for name in start if "lora_B" in name or "proj_out" in name)
+    make_run("broken", iterations=1, **changes, **one)
+    broken = make_run("broken", resume=True, **changes, **one)
+    assert equal(weights(broken.folder, 2), end)
+
+
+def test_the_forward_process_trains_it_without_stored_steps(make_run) -> None:
+    trainer = make_run("run", algorithm="loop_forward", sampling={"steps": 4, "eta": 0.0})
+    rows = read_rows(trainer.folder / "metrics.jsonl")
+    assert all(row["policy/denoising_loss_better"] > 0 < row["policy/grad_norm"] for row in rows)
+
+
+def test_every_adapter_has_a_gradient_also_with_checkpointing(tiny_sd3, tiny_sd3_plain) -> None:
+    for path, attentions in ((tiny_sd3, 5), (tiny_sd3_plain, 3)):
+        gradients = []
+        for checkpointing in (False, True):
+            denoiser = load(path, lora={"rank": 2}, max_sequence_length=12)
+            denoiser.train_adapter(checkpointing, 0)
+            for name, p in denoiser.trainable().items():
+                p.data += 0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(len(name)))
+            cond, _ = denoiser.encode(PROMPTS, SamplingConfig(guidance_scale=1.0))
+            x, t = initial_noise(0, torch.arange(3), (16, 8, 8)), torch.tensor([960.1, 500.0, 8.9])
+            denoiser.predict(x, t, cond, None)[0].square().mean().backward()
+            gradients.append({name: p.grad for name, p in denoiser.trainable().items()})
+        assert all(g is not None and g.abs().max() > 0 for g in gradients[0].values())
+        assert equal(*gradients)
+        # four in every attention, of the joint ones four more, less the last block's idle queries and missing output
+        joint = 3 * 4 - 2
+        assert len(gradients[0]) == 2 * (4 * attentions + joint)
+
+
+# --- exports -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "path, model", [("tiny_sd3", {}), ("tiny_sd3_plain", {}), ("tiny_sd3", FULL), ("tiny_sd3_plain", FULL)], ids=str
+)
+def test_an_export_gives_the_same_pictures_in_stock_diffusers(make_run, request, path, model) -> None:
+    path = request.getfixturevalue(path)
+    lora = {"lora": {"rank": 3, "alpha": 6.0}} if model != FULL else {}
+    trainer = make_run("run", model={"path": path, **lora, **model}, iterations=1, optimizer={"lr": 1e-3 if model else 0.1})
+    export = trainer.folder / "export"
+    if model == FULL:
+        pipeline = stock(export)
+        assert (pipeline.text_encoder_3 is None) == path.endswith("plain0")
+        again = trainable(export, **FULL)
+        assert equal(again.network.state_dict(), trainer.denoiser.network.state_dict())
+    else:
+        pipeline = stock(path)
+        pipeline.load_lora_weights(export)
+    call = json.loads((export / "call.json").read_text())
+    assert call == {"max_sequence_length": 12}
+    ours, before = our_run(trainer.denoiser, GUIDED).images, our_run(load(path, max_sequence_length=12), GUIDED).images
+    assert levels(ours, stock_run(pipeline, GUIDED, (16, 8, 8), **call)[1]) <= 1
+    assert levels(ours, before) > 5
+
+
+# --- the plan, what is refused -------------------------------------------------------------------------------------------
+
+
+def test_the_plan_counts_all_parts_and_what_a_real_forward_keeps(make_config, tiny_sd3, monkeypatch) -> None:
+    config = make_config(model={"path": tiny_sd3, "max_sequence_length": 12}, sampling={"eta": 0.7})
+    denoiser = load(tiny_sd3)
+    with monkeypatch.context() as patch:
+        trace_nothing(patch)
+        rows = [line.split() for line in plan(config)]
+    for name in ("transformer", "text_encoder", "text_encoder_2", "text_encoder_3"):
+        assert [*name.split("_"), f"{sum(p.numel() for p in denoiser.parts[name].parameters()):,}"] in rows
+    denoiser = ready_denoiser(config, CPU, trained=True)
+    with LiveBytes() as live:
+        update_loss(denoiser, config, reference, 3).backward()
+    traced = Traced(config, preflight(config).skeleton, accumulates=False, on_gpu=False)
+    assert traced.update.peak(3) == pytest.approx(live.peak, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    "changes, says",
+    [
+        ({"model": {"lora": {"text_encoders": True}}}, "model.lora.text_encoders: those of this model are not trained"),
+        (
+            {"model": {"lora": {"target_modules": ["conv1"]}}},
+            "model.lora.target_modules: the transformer has no module 'conv1'",
+        ),
+        ({"model": {"attention": "xformers"}}, "model.attention: "),
+        (
+            {"memory": {"gradient_checkpointing": ["transformer_blocks.0"]}},
+            "memory.gradient_checkpointing: this network .* true",
+        ),
+        ({"sampling": {"height": 80}}, "sampling.height: 80 pixels: this model has positions for 64 at most"),
+        ({"sampling": {"width": 18}}, "sampling.width: 18 is not a multiple of 4 pixels"),
+        ({"sampling": {"target_size": [8, 8]}}, "sampling.target_size: only SDXL is told of picture sizes"),
+        ({"sampling": {"noise": "ddim"}}, "sampling.noise=ddim: this model is a flow; set it to sde, dance, cps, or to null"),
+        ({"sampling": {"steps": 1}}, "sampling.steps: none of 1 steps can be trained"),
+        (
+            {"algorithm": "loop_forward", "forward": {"window": [250, 1001]}},
+            "forward.window: ends at 1001, the model's .* 1000",
+        ),
+    ],
+    ids=str,
+)
+def test_what_does_not_fit_is_refused_in_one_line_before_the_model_loads(make_config, tiny_sd3, changes, says) -> None:
+    changes = {**changes, "model": {"path": tiny_sd3, **changes.get("model", {})}}
+    with pytest.raises(UserError, match=says) as caught:
+        preflight(make_config(**changes))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_sequence_length_is_refused_for_models_without_one(make_config) -> None:
+    with pytest.raises(UserError, match="^model.max_sequence_length: .* has a length of its own: leave it out$"):
+        preflight(make_config(model={"max_sequence_length": 77}))
+    with pytest.raises(UserError, match="model.max_sequence_length"):
+        make_config(model={"max_sequence_length": 513})
+
+
+@pytest.mark.parametrize(
+    "part, values, says",
+    [
+        (
+            "transformer",
+            {"joint_attention_dim": 40},
+            "the third text encoder of FOLDER gives 48 channels, its transformer takes 40",
+        ),
+        (
+            "transformer",
+            {"joint_attention_dim": 32},
+            "the pair of CLIPs of FOLDER gives 40 channels, its transformer takes 32",
+        ),
+        (
+            "transformer",
+            {"pooled_projection_dim": 20},
+            "the pair of CLIPs of FOLDER gives 28 channels, its transformer takes 20",
+        ),
+        ("transformer", {"in_channels": 4}, "the VAE of FOLDER gives 16 channels, its transformer takes 4 (in_channels)"),
+        (
+            "scheduler",
+            {"_class_name": "FlowMatchHeunDiscreteScheduler"},
+            "_class_name=FlowMatchHeunDiscreteScheduler: this model is",
+        ),
+        ("scheduler", {"use_karras_sigmas": True}, "scheduler use_karras_sigmas=true: "),
+    ],
+)
+def test_parts_that_do_not_fit_are_refused(make_config, tiny_sd3, tmp_path, part, values, says) -> None:
+    folder = Path(shutil.copytree(tiny_sd3, tmp_path / "copy"))
+    edit_json(folder / part / ("scheduler_config.json" if part == "scheduler" else "config.json"), **values)
+    with pytest.raises(UserError) as caught:
+        preflight(make_config(model={"path": str(folder)}))
+    assert says.replace("FOLDER", str(folder)) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_the_skeleton_has_the_parts_that_the_files_have(tiny_sd3, tiny_sd3_plain) -> None:
+    for path, t5 in ((tiny_sd3, True), (tiny_sd3_plain, False)):
+        loaded = load(path)
+        skeleton = build_skeleton(loaded.config)
+        assert set(skeleton.parts) == set(loaded.parts) and ("text_encoder_3" in skeleton.parts) == t5
+        for own, real in zip(
+            skeleton.blank_embedding(), loaded.embed([loaded.tokens(name, "a dog") for name in loaded.tokenizers]), strict=True
+        ):
+            assert own.shape == real.shape and own.dtype == real.dtype
