@@ -74,7 +74,7 @@ def derived_lines(batches: Batches) -> list[str]:
         f"updates      {config.updates_per_rollout} optimizer steps of "
         f"{' or '.join(map(str, sorted(set(batches.update_rows))))} pairs, each in "
         f"{micro} micro-batch{'es' if micro > 1 else ''} of {batches.update}{_copies(batches.rows_of_rank, batches.update)}",
-        f"work         per image: {rollout_forwards} UNet forwards in the rollout, {update_forwards} forwards and backwards "
+        f"work         per image: {rollout_forwards} forwards in the rollout, {update_forwards} forwards and backwards "
         f"in the updates",
         *_evaluation_line(config),
         f"in all       {config.iterations} iterations, {config.iterations * n:,} images, "

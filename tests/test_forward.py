@@ -183,7 +183,7 @@ def test_the_plan_says_levels_window_and_rows(make_config):
     shown = dict(line.split(None, 1) for line in lines[:8])
     assert shown["algorithm"] == "loop_forward: advantage leave_one_out, objective forward_process"
     assert shown["pairs"] == "6 trajectories x 6 noise levels in timesteps 100 to 900 = 36 a pass, 1 pass"
-    assert shown["work"].endswith("per image: 8 UNet forwards in the rollout, 6 forwards and backwards in the updates")
+    assert shown["work"].endswith("per image: 8 forwards in the rollout, 6 forwards and backwards in the updates")
 
 
 @pytest.mark.parametrize(

@@ -350,7 +350,7 @@ def test_derived_lines_of_a_small_run(make_config):
         "rollout": "3 prompts x 2 images = 6 trajectories of 4 steps, 3 at a time",
         "pairs": "6 trajectories x 4 of 4 trainable steps = 24 a pass, 1 pass",
         "updates": "2 optimizer steps of 12 pairs, each in 3 micro-batches of 4",
-        "work": "per image: 8 UNet forwards in the rollout, 8 forwards and backwards in the updates",
+        "work": "per image: 8 forwards in the rollout, 8 forwards and backwards in the updates",
         "in all": "500 iterations, 3,000 images, 1,000 optimizer steps",
     }
 
@@ -373,7 +373,7 @@ def test_derived_lines_of_several_passes_dropped_steps_and_no_guidance(make_conf
         "rollout": "5 prompts x 3 images = 15 trajectories of 10 steps, 15 at a time",
         "pairs": "15 trajectories x 3 of 8 trainable steps = 45 a pass, 2 passes",
         "updates": "8 optimizer steps of 11 or 12 pairs, each in 1 micro-batch of 12",
-        "work": "per image: 10 UNet forwards in the rollout, 6 forwards and backwards in the updates",
+        "work": "per image: 10 forwards in the rollout, 6 forwards and backwards in the updates",
         "in all": "1 iterations, 15 images, 8 optimizer steps",
     }
 

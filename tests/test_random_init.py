@@ -27,6 +27,16 @@ PUBLISHED = {  # parameters, and the side of their pictures
         {"unet": 2_567_463_684, "text_encoder": 123_060_480, "text_encoder_2": 694_659_840, "vae": 83_653_863},
         1024,
     ),
+    "sd35_medium": (
+        {
+            "transformer": 2_243_171_520,
+            "text_encoder": 123_650_304,
+            "text_encoder_2": 694_659_840,
+            "text_encoder_3": 4_762_310_656,
+            "vae": 83_819_683,
+        },
+        1024,
+    ),
 }
 
 

@@ -181,11 +181,9 @@ def test_hub_id_that_cannot_be_fetched_is_refused() -> None:
 
 
 def test_other_pipeline_class_is_refused_with_those_supported(copy) -> None:
-    edit_json(copy / "model_index.json", _class_name="StableDiffusion3Pipeline")
+    edit_json(copy / "model_index.json", _class_name="KolorsPipeline")
     for build in (load_denoiser, lambda config, _: build_skeleton(config)):
-        refused(
-            lambda build=build: build(ModelConfig(path=str(copy)), CPU), "StableDiffusion3Pipeline", "StableDiffusionPipeline"
-        )
+        refused(lambda build=build: build(ModelConfig(path=str(copy)), CPU), "KolorsPipeline", "StableDiffusionPipeline")
 
 
 @pytest.mark.parametrize("text", ["{", "[]", ""])

@@ -48,9 +48,10 @@ class ModelConfig(Strict):
         description="`assets:shapes` (the bundled model), a diffusers folder, or a hub id `OWNER/NAME`; "
         "null beside `model.random_init`",
     )
-    random_init: Literal["sd15", "sd2", "sdxl"] | None = Field(
+    random_init: Literal["sd15", "sd2", "sdxl", "sd35_medium"] | None = Field(
         None,
-        description="in place of `path`: Stable Diffusion 1.5, 2.1 or XL in full size with random weights, without a download",
+        description="in place of `path`: Stable Diffusion 1.5, 2.1, XL or 3.5 medium in full size with random weights, "
+        "without a download",
     )
     revision: str | None = Field(None, description="branch, tag or commit of a hub id; null: its main branch")
     variant: str | None = Field(None, description="variant of the weight files, such as `fp16`; null: those without a variant")

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from peft import LoraConfig
 
-from fastloop.denoisers.parts import DTYPES
+from fastloop.denoisers.parts import DTYPES, part_title
 from fastloop.errors import UserError
 from fastloop.optimizers import holding
 
@@ -63,7 +63,7 @@ class Adapters:
 
     def _add_lora(self, part: str, targets: list[str]) -> None:
         """Puts fresh float32 adapters on a part. Raises ``UserError`` where no module has one of the names."""
-        model, lora, what = self.parts[part], self.config.lora, part.replace("unet", "UNet").replace("_", " ")
+        model, lora, what = self.parts[part], self.config.lora, part_title(part)
         modules = [f".{name}" for name, _ in model.named_modules()]
         for target in targets:  # peft only wants one of them to be there
             if not any(module.endswith(f".{target}") for module in modules):

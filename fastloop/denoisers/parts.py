@@ -13,6 +13,12 @@ from fastloop.denoisers.files import ASSETS, read_json
 from fastloop.errors import UserError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+T5_LENGTH = 512  # tokens that T5 was trained with; it has no positions that could run out
+
+
+def part_title(name: str) -> str:
+    """Return what people call a part of a pipeline: UNet, text encoder 2."""
+    return name.replace("unet", "UNet").replace("_", " ")
 
 
 def build_part(name: str, path: str, make: Callable[[dict], torch.nn.Module], values: dict) -> torch.nn.Module:
@@ -70,7 +76,7 @@ def read_tokenizer(encoder: str, path: str, config: ModelConfig, text_config: Pr
     name = encoder.replace("text_encoder", "tokenizer")
     if config.random_init:
         tokenizer = CLIPTokenizer.from_pretrained(ASSETS / "shapes" / "tokenizer")
-        tokenizer.model_max_length = text_config.max_position_embeddings
+        tokenizer.model_max_length = getattr(text_config, "max_position_embeddings", T5_LENGTH)
         return tokenizer
     with _refusing(name, path, config):
         kind = T5TokenizerFast if text_config.model_type == "t5" else CLIPTokenizer
@@ -80,7 +86,7 @@ def read_tokenizer(encoder: str, path: str, config: ModelConfig, text_config: Pr
             f"model.path: the {name} of {path} has {len(tokenizer)} words and its text encoder {text_config.vocab_size}: "
             f"are all files of the folder {name} there?"
         )
-    if kind is CLIPTokenizer:  # T5 has no positions that could run out
+    if kind is CLIPTokenizer:
         tokenizer.model_max_length = min(tokenizer.model_max_length, text_config.max_position_embeddings)
     return tokenizer
 

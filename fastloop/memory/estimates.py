@@ -10,6 +10,7 @@ import torch
 from fastloop.batches import Batches, evaluation_batch
 from fastloop.config import Config
 from fastloop.denoisers.base import CACHED_PROMPTS
+from fastloop.denoisers.parts import part_title
 from fastloop.engines.deepspeed import BUCKET
 from fastloop.memory.traces import Traced, size_of
 from fastloop.objectives import OBJECTIVES
@@ -44,7 +45,7 @@ def memory_needs(
         prompts: distinct texts that are encoded. micro: batches of rollout, update and VAE; ``None``: those of ``batches``.
     """
     config, denoiser, share = batches.config, traced.denoiser, batches.share
-    sharded = Shards(config, batches.world)
+    sharded, title = Shards(config, batches.world), part_title(denoiser.network_name)
     rollout, update, decode = micro or (batches.rollout, batches.update, batches.vae)
     weights = {name: _bytes(module) for name, module in denoiser.parts.items()}
     trainable = [p.numel() for p in denoiser.trainable().values()]
@@ -59,7 +60,7 @@ def memory_needs(
         embedding = sum(map(size_of, denoiser.blank_embedding()))
     state = state_bytes(config.optimizer.name, sharded.pieces(trainable))
     stays = {
-        "UNet": sharded.weights(network),
+        title: sharded.weights(network) + sum(map(size_of, denoiser.network.buffers())),  # which ZeRO leaves whole
         "master weights": sharded.masters(trained),
         "optimizer": state,
         "moving average": 4 * trained if config.ema.decay else 0,
@@ -68,7 +69,7 @@ def memory_needs(
         "prompt embeddings": min(prompts, CACHED_PROMPTS) * embedding,
     }
     host = {"trajectories": stays.pop("trajectories")} if away else {}
-    for name in sharded.offloaded:
+    for name in (*sharded.offloaded, *([title] if config.engine.offload_parameters else [])):
         host[name] = stays.pop(name)
     guests = {"VAE": weights["vae"]} | ({} if denoiser.trains_text else {"text encoders": texts})
     if denoiser.trains_text:
@@ -118,7 +119,6 @@ class Shards:
         self.accumulated = 4 if config.model.dtype != "fp16" else 2
         self.offloads = engine.offload_optimizer
         self.offloaded = ["master weights", "optimizer"] if engine.offload_optimizer else []
-        self.offloaded += ["UNet"] if engine.offload_parameters else []
 
     def _of(self, size: float, stage: int) -> int:
         return math.ceil(size / self.world) if self.stage >= stage else math.ceil(size)
