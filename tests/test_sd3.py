@@ -12,13 +12,14 @@ import torch
 from conftest import make_sd3
 from diffusers import StableDiffusion3Pipeline
 from known_traces import trace_nothing
-from run_files import equal, weights
+from on_ranks import ON_RANKS, SHARED, train_all, zero
+from run_files import distance, equal, weights
 from stock_sdxl import gap, levels
 from stock_sdxl import stock as stock_pipeline
 from test_sdxl import edit_json, load, trainable
 
-from fastloop.config import SamplingConfig
-from fastloop.denoisers import build_skeleton, ready_denoiser
+from fastloop.config import ModelConfig, SamplingConfig
+from fastloop.denoisers import build_skeleton, load_denoiser, ready_denoiser
 from fastloop.errors import UserError
 from fastloop.kernels import reference
 from fastloop.kernels.reference import initial_noise
@@ -189,6 +190,21 @@ def test_it_trains_from_a_ratio_of_exactly_1_and_resumes_to_the_same_weights(mak
     assert equal(weights(broken.folder, 2), end)
 
 
+@pytest.mark.timeout(600)
+def test_two_ranks_equal_one_and_deepspeed_equals_torch(make_run, tiny_sd3, tmp_path) -> None:
+    model = {"path": tiny_sd3, "max_sequence_length": 12, "lora": {"rank": 2}}
+    base = {**ON_RANKS, "sampling": {"steps": 3, "eta": 0.7, "guidance_scale": 2.0}, "model": model}
+    runs = [("lora", base | zero(2)), ("full", {**base, **zero(3), "model": {**model, **FULL}})]
+    train_all(tmp_path, 2, [{**values, "output_dir": str(tmp_path / name)} for name, values in runs])
+    for name, values in runs:
+        same = {key: values[key] for key in SHARED}
+        wanted = make_run(f"torch-{name}", model={"lora": {"rank": 2}, "adapter": name}, **same).folder
+        start = weights(wanted, 0)
+        assert equal(weights(tmp_path / name, 0), start)
+        assert distance(weights(tmp_path / name), weights(wanted), start) < 1e-3
+        assert read_rows(tmp_path / name / "metrics.jsonl")[0]["policy/replay_max_dev"] == 0
+
+
 def test_the_forward_process_trains_it_without_stored_steps(make_run) -> None:
     trainer = make_run("run", algorithm="loop_forward", sampling={"steps": 4, "eta": 0.0})
     rows = read_rows(trainer.folder / "metrics.jsonl")
@@ -238,6 +254,21 @@ def test_an_export_gives_the_same_pictures_in_stock_diffusers(make_run, request,
     ours, before = our_run(trainer.denoiser, GUIDED).images, our_run(load(path, max_sequence_length=12), GUIDED).images
     assert levels(ours, stock_run(pipeline, GUIDED, (16, 8, 8), **call)[1]) <= 1
     assert levels(ours, before) > 5
+
+
+def test_a_model_without_files_has_a_tokenizer_for_t5_too_and_its_export_loads(tiny_sd3, tmp_path, monkeypatch) -> None:
+    folder = tmp_path / "architectures" / "sd35_medium"
+    shutil.copytree(tiny_sd3, folder, ignore=shutil.ignore_patterns("*.safetensors", "tokenizer*"))
+    edit_json(folder / "text_encoder_3" / "config.json", vocab_size=1000)
+    monkeypatch.setattr("fastloop.denoisers.files.ARCHITECTURES", folder.parent)
+    denoiser = load_denoiser(ModelConfig(path=None, random_init="sd35_medium", **FULL), CPU)
+    denoiser.train_adapter(False, 0)
+    denoiser.export(tmp_path / "export")
+    again = load(tmp_path / "export", **FULL)
+    assert all(equal(again.parts[name].state_dict(), part.state_dict()) for name, part in denoiser.parts.items())
+    assert denoiser.tokens("tokenizer_3", "red circle")[0, :3].tolist()[2] == 1  # two words, and the end
+    (cond, _), (wanted, _) = (of.encode(PROMPTS, SamplingConfig(guidance_scale=1.0)) for of in (again, denoiser))
+    assert cond.text.shape == (3, 16 + 256, 48) and gap(cond.text, wanted.text) == 0
 
 
 # --- the plan, what is refused -------------------------------------------------------------------------------------------
@@ -330,6 +361,16 @@ def test_parts_that_do_not_fit_are_refused(make_config, tiny_sd3, tmp_path, part
     with pytest.raises(UserError) as caught:
         preflight(make_config(model={"path": str(folder)}))
     assert says.replace("FOLDER", str(folder)) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("missing", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_tokenizer_of_t5_without_its_files_is_refused(tiny_sd3, tmp_path, missing) -> None:
+    """transformers would make one without words, and every prompt alike."""
+    folder = Path(shutil.copytree(tiny_sd3, tmp_path / "copy"))
+    (folder / "tokenizer_3" / "tokenizer.json").unlink()
+    (folder / "tokenizer_3" / missing).unlink(missing_ok=True)
+    with pytest.raises(UserError, match="model.path: the tokenizer_3 of .* words .*: are all files of the folder tokenizer_3"):
+        load(folder)
 
 
 def test_the_skeleton_has_the_parts_that_the_files_have(tiny_sd3, tiny_sd3_plain) -> None:

@@ -71,17 +71,23 @@ def random_part(
 def read_tokenizer(encoder: str, path: str, config: ModelConfig, text_config: PreTrainedConfig) -> PreTrainedTokenizerBase:
     """Read the tokenizer of a text encoder, CLIP or T5.
 
-    Beside random weights it is the bundled model's, at the length of the real one.
+    Beside random weights it is the bundled model's, or of its words, at the length of the real one.
     """
+    kind = T5TokenizerFast if text_config.model_type == "t5" else CLIPTokenizer
     name = encoder.replace("text_encoder", "tokenizer")
     if config.random_init:
         tokenizer = CLIPTokenizer.from_pretrained(ASSETS / "shapes" / "tokenizer")
-        tokenizer.model_max_length = getattr(text_config, "max_position_embeddings", T5_LENGTH)
+        if kind is T5TokenizerFast:
+            words = [token.removesuffix("</w>") for token in tokenizer.get_vocab() if token.endswith("</w>")]
+            vocabulary = [*(f"▁{word}" for word in sorted(words)), "▁"]
+            scores = [*((token, 0.0) for token in ("<pad>", "</s>", "<unk>")), *((token, -1.0) for token in vocabulary)]
+            return T5TokenizerFast(scores, extra_ids=0, model_max_length=T5_LENGTH)
+        tokenizer.model_max_length = text_config.max_position_embeddings
         return tokenizer
     with _refusing(name, path, config):
-        kind = T5TokenizerFast if text_config.model_type == "t5" else CLIPTokenizer
         tokenizer = kind.from_pretrained(path, subfolder=name, revision=config.revision)
-    if not 3 <= len(tokenizer) <= text_config.vocab_size:  # without its files transformers makes an empty one
+    words = len(tokenizer) - len(set(tokenizer.all_special_ids))
+    if words < 2 or len(tokenizer) > text_config.vocab_size:  # without its files transformers makes an empty one
         raise UserError(
             f"model.path: the {name} of {path} has {len(tokenizer)} words and its text encoder {text_config.vocab_size}: "
             f"are all files of the folder {name} there?"

@@ -59,8 +59,8 @@ class StableDiffusion3(Denoiser):
     @classmethod
     def encoders_of(cls, path: str, config: ModelConfig) -> dict[str, type]:
         """Return the classes of the text encoders that a pipeline has, by the name of their part."""
-        has_t5 = read_json(path, config, "model_index.json").get(T5, [None])[0] is not None
-        return {name: kind for name, kind in cls.text_classes.items() if has_t5 or name != T5}
+        absent = read_json(path, config, "model_index.json").get(T5) in (None, [None, None])
+        return {name: kind for name, kind in cls.text_classes.items() if name != T5 or not absent}
 
     @classmethod
     def check_fit(cls, path, text_configs, vae, network) -> None:
