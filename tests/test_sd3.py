@@ -374,11 +374,14 @@ def test_a_tokenizer_of_t5_without_its_files_is_refused(tiny_sd3, tmp_path, miss
 
 
 def test_the_skeleton_has_the_parts_that_the_files_have(tiny_sd3, tiny_sd3_plain) -> None:
-    for path, t5 in ((tiny_sd3, True), (tiny_sd3_plain, False)):
-        loaded = load(path)
+    for path, t5, dtype in ((tiny_sd3, True, "fp32"), (tiny_sd3, True, "fp16"), (tiny_sd3_plain, False, "bf16")):
+        loaded = load(path, dtype=dtype)
         skeleton = build_skeleton(loaded.config)
         assert set(skeleton.parts) == set(loaded.parts) and ("text_encoder_3" in skeleton.parts) == t5
         for own, real in zip(
             skeleton.blank_embedding(), loaded.embed([loaded.tokens(name, "a dog") for name in loaded.tokenizers]), strict=True
         ):
             assert own.shape == real.shape and own.dtype == real.dtype
+        for name, part in loaded.parts.items():
+            dtypes = {key: value.dtype for key, value in skeleton.parts[name].state_dict().items()}
+            assert dtypes == {key: value.dtype for key, value in part.state_dict().items()}

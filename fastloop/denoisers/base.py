@@ -184,6 +184,10 @@ class Denoiser(Adapters, Residence, Export):
         cls.check_fit(path, {name: module.config for name, module in text_encoders.items()}, vae.config, network.config)
         for name, module in parts.items():
             module.to(cls.vae_dtype(config, vae) if name == "vae" else DTYPES[config.dtype])
+            if config.dtype == "fp16":  # of T5 some layers overflow in it, and transformers loads them so
+                for inner in module.modules():
+                    for kept in getattr(module, "_keep_in_fp32_modules", None) or ():
+                        getattr(inner, kept, torch.nn.Identity()).float()
         return cls(path, config, torch.device("meta"), tokenizers={}, text_encoders=text_encoders, vae=vae, network=network)
 
     @classmethod
