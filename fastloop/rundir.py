@@ -23,6 +23,8 @@ from fastloop.tracking import read_rows, replace_text
 
 # What may change between the two halves of a run; everything else would make it another run.
 MAY_CHANGE = ("iterations", "output_dir", "checkpoint", "tracking", "safety", "engine", "model.compile")
+# What earlier versions wrote for a key that is null now, and means the same to their models.
+FORMER_DEFAULTS = {"model.lora.target_modules": ["to_q", "to_k", "to_v", "to_out.0"]}
 
 
 _held: dict[Path, TextIO] = {}  # the lock files of the folders that this process holds
@@ -75,6 +77,9 @@ def claim_run_dir(config: Config, resume: bool, prompts: dict[str, dict[str, Any
         raise UserError(f"--resume: {error}: mend or remove that line") from None
     before = _flat(earlier.model_dump(mode="json"))
     now = _flat(config.model_dump(mode="json"))
+    for key, default in FORMER_DEFAULTS.items():
+        if now.get(key) is None and before.get(key) == default:
+            before[key] = None
     for key in sorted({*before, *now}):
         if before.get(key) != now.get(key) and not key.startswith(MAY_CHANGE):
             raise UserError(

@@ -150,6 +150,15 @@ def test_resuming_goes_on_from_the_newest_checkpoint(begin, make_config):
     assert contents(folder) == before | {"config.yaml": dump_config(config).encode()}
 
 
+def test_a_run_whose_config_has_a_former_default_written_out_can_be_resumed(begin, make_config):
+    folder = begin(0)
+    text = dump_config(make_config(model={"lora": {"rank": 2, "target_modules": ["to_q", "to_k", "to_v", "to_out.0"]}}))
+    (folder / "config.yaml").write_text(text)
+    assert claim(make_config(), resume=True)[0] == folder
+    (folder / "config.yaml").write_text(text.replace("to_v", "to_out.0"))
+    assert "model.lora.target_modules is ['to_q', 'to_k', 'to_out.0'" in refusal(make_config(), resume=True)
+
+
 def test_resuming_before_the_first_checkpoint_starts_over(begin, make_config):
     folder = begin()
     assert claim(make_config(), resume=True) == (folder, None, True)
