@@ -233,7 +233,10 @@ def test_memory_by_part(make_config):
     assert parts["trajectories"] == 4 * 5 * 6 * 4 * 8 * 8  # float32, steps + 1, images, latents
     assert parts["activations of 4 pairs"] == traced(config).activations(4)
     working = {"gradients", "rollout of 3", "decoding of 3", "activations of 4 pairs"}
-    assert set(parts) == working | {"UNet", "text encoders", "VAE", "optimizer", "trajectories", "prompt embeddings"}
+    embedding, texts = 4 * 16 * 16, 45 + 3 + 1  # in animals, held out of them, and the negative prompt
+    assert parts["prompt embeddings"] == 2 * 3 * embedding and parts["kept embeddings"] <= texts * embedding
+    own = {"UNet", "text encoders", "VAE", "optimizer", "trajectories", "prompt embeddings", "kept embeddings"}
+    assert set(parts) == working | own
 
 
 def test_a_guided_evaluation_of_an_unguided_training_has_memory_and_a_line_of_its_own(make_config):
@@ -268,9 +271,10 @@ def test_averages_and_references_are_counted_where_there_are_any(make_config, un
 def test_on_a_gpu_what_rests_is_in_the_hosts_memory(make_config, untraced):
     here, there = (planned_memory(make_config(), gpu=gpu) for gpu in (False, True))
     assert here.host == {}
-    assert there.host == {name: here.parts[name] for name in ("text encoders", "VAE")}
+    assert there.host == {name: here.parts[name] for name in ("text encoders", "VAE", "kept embeddings")}
     stay = planned_memory(make_config(memory={"offload_frozen": False}), gpu=True)
-    assert stay.phases["update"] == there.phases["update"] + sum(there.host.values())
+    kept = there.host["kept embeddings"]
+    assert stay.phases["update"] == there.phases["update"] + sum(there.host.values()) - kept
     away = planned_memory(make_config(memory={"trajectories": "host"}), gpu=True)
     assert away.host["trajectories"] == there.phases["update"] - away.phases["update"] == there.parts["trajectories"]
 

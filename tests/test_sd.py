@@ -395,7 +395,7 @@ def test_long_prompt_is_cut_to_the_text_encoders_length(tiny_sd, copy) -> None:
 def test_more_prompts_than_the_cache_holds_are_all_encoded(tiny_sd, monkeypatch) -> None:
     prompts = ["a red circle", "a dog", "a cat", "a horse", "a dog"]
     expected = load(tiny_sd).encode(prompts, GUIDED)
-    monkeypatch.setattr("fastloop.denoisers.base.CACHED_PROMPTS", 2)
+    monkeypatch.setattr("fastloop.denoisers.base.CACHE_BYTES", 2 * 16 * 16 * 4)
     denoiser = load(tiny_sd)
     for _ in range(2):
         for ours, theirs in zip(denoiser.encode(prompts, GUIDED), expected, strict=True):
@@ -404,12 +404,14 @@ def test_more_prompts_than_the_cache_holds_are_all_encoded(tiny_sd, monkeypatch)
 
 
 def test_full_cache_does_not_lose_a_prompt_of_the_same_call(tiny_sd, monkeypatch) -> None:
-    monkeypatch.setattr("fastloop.denoisers.base.CACHED_PROMPTS", 2)
+    monkeypatch.setattr("fastloop.denoisers.base.CACHE_BYTES", 2 * 16 * 16 * 4)
     denoiser = load(tiny_sd)
     without = SamplingConfig(guidance_scale=1.0)
     first, _ = denoiser.encode(["a dog", "a cat"], without)
-    again, _ = denoiser.encode(["a dog", "a horse"], without)  # the horse takes the place of the dog
-    assert torch.equal(again[0], first[0])
+    again, _ = denoiser.encode(["a dog", "a horse"], without)  # the horse takes the place of the cat
+    assert torch.equal(again[0], first[0]) and list(denoiser._embeddings) == ["a dog", "a horse"]
+    denoiser.encode(["a dog", "a bee"], without)  # of two, the one that was used last stays
+    assert list(denoiser._embeddings) == ["a dog", "a bee"]
 
 
 # --- predict -------------------------------------------------------------------------------------------------------------

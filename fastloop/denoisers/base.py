@@ -24,7 +24,7 @@ from fastloop.denoisers.residence import Residence, upload
 from fastloop.errors import RunFailed, UserError
 from fastloop.observer import UNOBSERVED
 
-CACHED_PROMPTS = 4096
+CACHE_BYTES = 8 * 2**30  # of embeddings that are kept, in the host's memory
 MOST_COMPILED = 128  # graphs of one piece of code
 
 
@@ -267,19 +267,29 @@ class Denoiser(Adapters, Residence, Export):
     def _encode(self, prompts: list[str], sampling: SamplingConfig):
         texts = [*prompts, sampling.negative_prompt or None] if sampling.guidance_scale != 1 else prompts
         distinct = dict.fromkeys(texts)
-        known = {} if self.trains_text else self._embeddings
-        found = {text: known[text] for text in distinct if text in known}
+        known = self._embeddings  # of trained text encoders none
+        for text in filter(known.__contains__, distinct):
+            known[text] = known.pop(text)  # the last ones used stay longest
+        found = {text: tuple(upload(tensor, self.device) for tensor in known[text]) for text in distinct if text in known}
         if len(found) < len(distinct):
             with self._present(*self.text_encoders.values()), nullcontext() if self.trains_text else torch.no_grad():
                 # One text at a time: the result must not depend on which prompts came along.
-                found |= {text: self._embedding(text) for text in distinct if text not in found}
-            known |= found
-            while len(known) > CACHED_PROMPTS:
-                del known[next(iter(known))]
+                new = {text: self._embedding(text) for text in distinct if text not in found}
+            found |= new
+            if not self.trains_text:
+                self._keep(new)
         cond = self.condition([found[prompt] for prompt in prompts], sampling)
         if len(texts) == len(prompts):
             return cond, None
         return cond, self.condition([found[texts[-1]]] * len(prompts), sampling)
+
+    def _keep(self, new: dict[str | None, tuple[torch.Tensor, ...]]) -> None:
+        """Keeps embeddings in the host's memory, as many as there is room for; those used last stay."""
+        for text, embedding in new.items():
+            self._embeddings[text] = tuple(t.cpu() for t in embedding) if self.device.type == "cuda" else embedding
+        most = CACHE_BYTES // sum(tensor.nbytes for tensor in embedding)
+        while len(self._embeddings) > most:
+            del self._embeddings[next(iter(self._embeddings))]
 
     def _embedding(self, text: str | None) -> tuple[torch.Tensor, ...]:
         """Of one text; ``None`` is the absent negative prompt."""

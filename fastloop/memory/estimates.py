@@ -9,7 +9,7 @@ import torch
 
 from fastloop.batches import Batches, evaluation_batch
 from fastloop.config import Config
-from fastloop.denoisers.base import CACHED_PROMPTS
+from fastloop.denoisers.base import CACHE_BYTES
 from fastloop.denoisers.parts import part_title
 from fastloop.engines.deepspeed import BUCKET
 from fastloop.memory.traces import Traced, size_of
@@ -58,6 +58,7 @@ def memory_needs(
     away = on_gpu and config.memory.trajectories == "host"
     with traced.fake:
         embedding = sum(map(size_of, denoiser.blank_embedding()))
+    branches = max(config.sampling.branches, config.eval_sampling.branches)
     state = state_bytes(config.optimizer.name, sharded.pieces(trainable))
     stays = {
         title: sharded.weights(network) + sum(map(size_of, denoiser.network.buffers())),  # which ZeRO leaves whole
@@ -66,14 +67,18 @@ def memory_needs(
         "moving average": 4 * trained if config.ema.decay else 0,
         "KL reference": network if config.kl.weight and config.model.adapter == "full" else 0,
         "trajectories": steps,
-        "prompt embeddings": min(prompts, CACHED_PROMPTS) * embedding,
+        # of a rollout's prompts and as many times the negative one; and of all that are kept
+        "prompt embeddings": branches * min(config.prompts_per_step, share) * embedding,
     }
+    kept = min(prompts * embedding, CACHE_BYTES)
     host = {"trajectories": stays.pop("trajectories")} if away else {}
+    (host if on_gpu else stays)["kept embeddings"] = kept
     for name in (*sharded.offloaded, *([title] if config.engine.offload_parameters else [])):
         host[name] = stays.pop(name)
     guests = {"VAE": weights["vae"]} | ({} if denoiser.trains_text else {"text encoders": texts})
     if denoiser.trains_text:
         stays |= {"text encoders": texts, "prompt embeddings": 0}
+        (host if on_gpu else stays)["kept embeddings"] = 0
     if leaves:
         host |= guests
     resident = sum(stays.values()) + (0 if leaves else sum(guests.values()))
