@@ -78,7 +78,7 @@ RECIPES = {
     "RLOO": Recipe(("algorithm=rloo", *GROUPS, *PUBLISHED)),
     "GRPO": Recipe(("algorithm=grpo", *GROUPS, *PUBLISHED)),
     "LOOP": Recipe(("algorithm=loop", *GROUPS, *PUBLISHED)),
-    "LOOP fast": Recipe(("algorithm=loop_fast", *FAST, "budget=48000")),
+    "LOOP fast": Recipe(("algorithm=loop_fast", *FAST)),
 }
 TASKS = {  # as many pictures in an evaluation that their noise is about 0.01
     "color": ("prompts.categories=[color]", "eval.prompts.categories=[color]", "eval.prompts.limit=100")
