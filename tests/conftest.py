@@ -44,7 +44,9 @@ from transformers import (
     T5TokenizerFast,
 )
 
+from fastloop.advantages import ADVANTAGES
 from fastloop.denoisers.files import ASSETS
+from fastloop.objectives import OBJECTIVES
 from fastloop.recipes import parse_config
 
 torch.set_num_threads(1)
@@ -58,6 +60,16 @@ def pytest_collection_modifyitems(items) -> None:
 
 
 BENCH = Path(__file__).resolve().parent.parent / "bench"
+
+
+@pytest.fixture
+def own_tables():
+    """What a test puts into fastloop's tables of advantages and objectives, as bench/levers.py does, is taken out again."""
+    before = [(table, dict(table)) for table in (ADVANTAGES, OBJECTIVES)]
+    yield
+    for table, entries in before:
+        table.clear()
+        table.update(entries)
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,6 @@ import torch
 
 from fastloop.advantages import ADVANTAGES, OfReward, leave_one_out
 from fastloop.kernels import reference
-from fastloop.objectives import OBJECTIVES
 from fastloop.ranks import ALONE
 from fastloop.recipes import dump_config, load_config
 from fastloop.rollout import rollout
@@ -23,14 +22,10 @@ from fastloop.update import PolicyUpdate
 
 
 @pytest.fixture
-def bench(bench_module, monkeypatch):
-    """The study's module; what levers put into fastloop's tables is taken out again."""
+def bench(bench_module, monkeypatch, own_tables):
+    """The study's module."""
     monkeypatch.syspath_prepend(str(bench_module("worker").__file__).rsplit("/", 1)[0])
-    before = [(table, dict(table)) for table in (ADVANTAGES, OBJECTIVES)]
-    yield bench_module("time_to_score")
-    for table, entries in before:
-        table.clear()
-        table.update(entries)
+    return bench_module("time_to_score")
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from fastloop.tracking import read_rows
 
 
 @pytest.fixture
-def bench(bench_module, monkeypatch):
+def bench(bench_module, monkeypatch, own_tables):
     monkeypatch.syspath_prepend(str(bench_module("worker").__file__).rsplit("/", 1)[0])
     return bench_module("sensitivity")
 
