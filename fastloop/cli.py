@@ -121,7 +121,7 @@ def _train(args: argparse.Namespace) -> int:
 def _train_on(ranks, args: argparse.Namespace) -> int:
     from fastloop.batches import Batches
     from fastloop.observer import UNOBSERVED
-    from fastloop.plan import derived_lines, prompts_line
+    from fastloop.plan import caution_lines, derived_lines, prompts_line
     from fastloop.prompts import score_name
     from fastloop.stopping import Stopped
     from fastloop.tracing import Profile
@@ -133,7 +133,11 @@ def _train_on(ranks, args: argparse.Namespace) -> int:
     trainer = Trainer(config, args.resume, ranks, profile)
     if ranks.main:
         print(prompts_line(trainer.prompts.prompts, trainer.eval_prompts))
-        print("\n".join(derived_lines(Batches(trainer.config, trainer.steps_trained, ranks.world))))
+        print(
+            "\n".join(
+                caution_lines(trainer.denoiser) + derived_lines(Batches(trainer.config, trainer.steps_trained, ranks.world))
+            )
+        )
         if trainer.compiling:
             print(trainer.compiling)
         if trainer.iteration:

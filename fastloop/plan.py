@@ -49,9 +49,15 @@ def overview(checked: Checked, ranks: int = 1) -> list[str]:
     name = config.model.path or f"{config.model.random_init} with random weights"
     return [
         f"model        {name}, {config.model.adapter}, {config.model.dtype}, {width} x {height} pixels",
+        *caution_lines(checked.skeleton),
         prompts_line(checked.prompts, checked.eval_prompts),
         *derived_lines(checked.batches(ranks)),
     ]
+
+
+def caution_lines(denoiser: Denoiser) -> list[str]:
+    """Write what speaks against training this model, as far as it does."""
+    return [] if denoiser.caution is None else [f"warning      {denoiser.caution}"]
 
 
 def derived_lines(batches: Batches) -> list[str]:

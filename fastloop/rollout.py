@@ -258,9 +258,14 @@ def gather_scores(rewards: Rewards, ranks: Ranks, n: int) -> Scores:
 
 
 def sampler_table(model: ModelConfig, sampling: SamplingConfig) -> TransitionTable:
-    """Return the transitions of a model's scheduler; loads no weights. Raises ``UserError`` where they cannot be used."""
+    """Return the transitions of a model's scheduler; loads no weights.
+
+    Raises:
+        UserError: the scheduler cannot be used, or the model does not take these settings.
+    """
     path = model_source(model)
     adapter = family(path, model)  # refuses what cannot be trained, whatever its scheduler
+    adapter.check_settings(path, model, sampling)
     scheduler = read_json(path, model, "scheduler_config.json", "scheduler")
     try:
         flow = adapter.flow_times(path, model, scheduler, sampling)

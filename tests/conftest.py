@@ -27,6 +27,8 @@ from diffusers import (
     DDIMScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
     PNDMScheduler,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
@@ -176,6 +178,28 @@ def make_sdxl(folder, prediction: str = "epsilon", zeros: bool = True) -> str:
     return str(folder)
 
 
+def make_t5() -> T5EncoderModel:
+    return T5EncoderModel(
+        T5Config(
+            vocab_size=40,
+            d_model=48,
+            d_kv=8,
+            d_ff=24,
+            num_layers=2,
+            num_heads=2,
+            feed_forward_proj="gated-gelu",
+            is_encoder_decoder=False,
+            dropout_rate=0.1,
+        )
+    )
+
+
+def make_t5_tokenizer() -> T5TokenizerFast:
+    words = ["▁a", "▁red", "▁dog", "▁circle", "▁two", "▁", *"abcdefghijklmnopqrstuvwxyz"]
+    vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((word, -float(len(words))) for word in words)]
+    return T5TokenizerFast(vocabulary, extra_ids=0, model_max_length=512)
+
+
 def make_sd3(folder, t5: bool = True, of_network: dict | None = None, **of_scheduler) -> str:
     """A tiny random StableDiffusion3Pipeline of 16 px pictures.
 
@@ -186,21 +210,8 @@ def make_sd3(folder, t5: bool = True, of_network: dict | None = None, **of_sched
     """
     torch.manual_seed(0)
     tokenizer, tokenizer_2 = make_tokenizer(), make_tokenizer(pad_token="!")
-    words = ["▁a", "▁red", "▁dog", "▁circle", "▁two", "▁", *"abcdefghijklmnopqrstuvwxyz"]
-    vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((word, -float(len(words))) for word in words)]
     second = make_text_config(tokenizer_2, hidden=24, layers=3, projection=12)
     second.hidden_act = "gelu"
-    third = T5Config(
-        vocab_size=40,
-        d_model=48,
-        d_kv=8,
-        d_ff=24,
-        num_layers=2,
-        num_heads=2,
-        feed_forward_proj="gated-gelu",
-        is_encoder_decoder=False,
-        dropout_rate=0.1,
-    )
     transformer = {
         "sample_size": 8,
         "patch_size": 2,
@@ -219,10 +230,10 @@ def make_sd3(folder, t5: bool = True, of_network: dict | None = None, **of_sched
     StableDiffusion3Pipeline(
         text_encoder=CLIPTextModelWithProjection(make_text_config(tokenizer, layers=2)),
         text_encoder_2=CLIPTextModelWithProjection(second),
-        text_encoder_3=T5EncoderModel(third) if t5 else None,
+        text_encoder_3=make_t5() if t5 else None,
         tokenizer=tokenizer,
         tokenizer_2=tokenizer_2,
-        tokenizer_3=T5TokenizerFast(vocabulary, extra_ids=0, model_max_length=512) if t5 else None,
+        tokenizer_3=make_t5_tokenizer() if t5 else None,
         transformer=SD3Transformer2DModel(**transformer | (of_network or {})),
         vae=make_vae(
             8,
@@ -234,6 +245,50 @@ def make_sd3(folder, t5: bool = True, of_network: dict | None = None, **of_sched
             force_upcast=True,
         ),
         scheduler=FlowMatchEulerDiscreteScheduler(**{"shift": 3.0, **of_scheduler}),
+    ).save_pretrained(folder)
+    return str(folder)
+
+
+def make_flux(folder, schnell: bool = False) -> str:
+    """A tiny random FluxPipeline, for pictures of 16 px; those of its own size, the pipeline's, have 256.
+
+    Keys and structure are those of the config.json files of black-forest-labs/FLUX.1-dev and FLUX.1-schnell, with shrunken
+    widths: the transformer's patch_size and packed in_channels, double and single blocks, guidance_embeds and pooled
+    projections as wide as its CLIP; axes_dims_rope, (16, 56, 56) of attention heads of 128; the VAE's shift_factor and
+    scaling_factor; and the schedulers as they are.
+    """
+    torch.manual_seed(0)
+    tokenizer = make_tokenizer()
+    transformer = {
+        "patch_size": 1,
+        "in_channels": 64,
+        "num_layers": 2,
+        "num_single_layers": 2,
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 48,
+        "pooled_projection_dim": 16,
+        "guidance_embeds": not schnell,
+        "axes_dims_rope": (4, 6, 6),
+    }
+    sizes = {"base_image_seq_len": 256, "max_image_seq_len": 4096}
+    shifting = {"shift": 3.0, "use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15, **sizes}
+    FluxPipeline(
+        text_encoder=CLIPTextModel(make_text_config(tokenizer, layers=2)),
+        text_encoder_2=make_t5(),
+        tokenizer=tokenizer,
+        tokenizer_2=make_t5_tokenizer(),
+        transformer=FluxTransformer2DModel(**transformer),
+        vae=make_vae(
+            8,
+            latent_channels=16,
+            scaling_factor=0.3611,
+            shift_factor=0.1159,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+            force_upcast=True,
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(**({"shift": 1.0} if schnell else shifting)),
     ).save_pretrained(folder)
     return str(folder)
 
@@ -272,6 +327,18 @@ def tiny_sd3(tmp_path_factory) -> str:
 def tiny_sd3_plain(tmp_path_factory) -> str:
     """As SD 3 medium ships, without dual attention and norms of queries and keys, and without its T5."""
     return make_sd3(tmp_path_factory.mktemp("sd3_plain"), t5=False, of_network={"dual_attention_layers": (), "qk_norm": None})
+
+
+@pytest.fixture(scope="session")
+def tiny_flux(tmp_path_factory) -> str:
+    """As FLUX.1 dev ships."""
+    return make_flux(tmp_path_factory.mktemp("flux"))
+
+
+@pytest.fixture(scope="session")
+def tiny_schnell(tmp_path_factory) -> str:
+    """As FLUX.1 schnell ships, without guidance as an input and without shifts of its times."""
+    return make_flux(tmp_path_factory.mktemp("schnell"), schnell=True)
 
 
 @pytest.fixture

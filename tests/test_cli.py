@@ -294,8 +294,8 @@ CONFIG_DAMAGES = {
         "model_index.json of MODEL: it holds no JSON object",
     ),
     "another pipeline": (
-        change("model_index.json", _class_name="FluxPipeline"),
-        "MODEL is a FluxPipeline: supported are StableDiffusionPipeline",
+        change("model_index.json", _class_name="PixArtSigmaPipeline"),
+        "MODEL is a PixArtSigmaPipeline: supported are StableDiffusionPipeline",
     ),
     "a pipeline of its own code": (
         change("model_index.json", _class_name=["my_pipeline", "MyPipeline"]),

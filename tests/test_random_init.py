@@ -37,6 +37,15 @@ PUBLISHED = {  # parameters, and the side of their pictures
         },
         1024,
     ),
+    "flux_dev": (
+        {
+            "transformer": 11_901_408_320,
+            "text_encoder": 123_060_480,
+            "text_encoder_2": 4_762_310_656,
+            "vae": 83_819_683,
+        },
+        1024,
+    ),
 }
 
 

@@ -21,6 +21,7 @@ FAMILIES = {  # the class of a pipeline: the module and the class of its adapter
     "StableDiffusionPipeline": ("fastloop.denoisers.sd", "StableDiffusion"),
     "StableDiffusionXLPipeline": ("fastloop.denoisers.sdxl", "StableDiffusionXL"),
     "StableDiffusion3Pipeline": ("fastloop.denoisers.sd3", "StableDiffusion3"),
+    "FluxPipeline": ("fastloop.denoisers.flux", "Flux"),
 }
 
 

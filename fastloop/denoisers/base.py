@@ -48,6 +48,7 @@ class Denoiser(Adapters, Residence, Export):
     sequence_length: int | None = None  # the pipeline's default of ``model.max_sequence_length``, where it has one
     lora_targets = ["to_q", "to_k", "to_v", "to_out.0"]  # modules of the network that adapters are for
     text_targets: list[str] | None = ["q_proj", "k_proj", "v_proj", "out_proj"]  # and of text encoders, CLIP's attention
+    caution: str | None = None  # what `plan` and a run's start say against training this model, in one line
     absent_is_zero = False  # whether an absent negative prompt is zeros, not the embedding of an empty text
 
     def __init__(
@@ -104,6 +105,15 @@ class Denoiser(Adapters, Residence, Export):
     ) -> dict[str, Any] | None:
         """Return what the pipeline of a flow calls its scheduler's ``set_timesteps`` with; ``None``: the model is no flow."""
         return None
+
+    @classmethod
+    def check_settings(cls, path: str, config: ModelConfig, sampling: SamplingConfig) -> None:
+        """Raise ``UserError`` for settings that are not for this model, by its configs."""
+        if sampling.embedded_guidance is not None:
+            raise UserError(
+                f"sampling.embedded_guidance: {path} is not told of a guidance, only FLUX.1 dev is: leave it out "
+                "(sampling.guidance_scale is another)"
+            )
 
     latent_channels: int
     own_latent_size: int | tuple[int, int] | None  # of the network's own picture size, or height and width

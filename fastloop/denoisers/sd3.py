@@ -1,60 +1,38 @@
-"""Stable Diffusion 3 medium, 3.5 medium and large: flows with a joint transformer, two CLIPs and, where it is there, T5.
-
-What is written for UNets does not apply to the transformer: of the modules that launch less only LoRA's layers and the frozen
-convolution are in it, fused kernels find nothing, and its attention is PyTorch's own.
-"""
+"""Stable Diffusion 3 medium, 3.5 medium and large: flows with a joint transformer, two CLIPs and, where it is there, T5."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
-from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
+from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
-from fastloop.config import ModelConfig, SamplingConfig
-from fastloop.denoisers.base import Denoiser
+from fastloop.config import ModelConfig
 from fastloop.denoisers.files import read_json
 from fastloop.denoisers.parts import DTYPES, refuse_misfits
+from fastloop.denoisers.transformer import Conditioning, TransformerDenoiser
 from fastloop.errors import UserError
 
 T5 = "text_encoder_3"
 
 
-@dataclass(frozen=True)
-class Conditioning:
-    """What the transformer is told of n pictures.
+class StableDiffusion3(TransformerDenoiser):
+    """Three text encoders, of which T5 may be left out of the pipeline: its tokens are zeros then.
 
-    Attributes:
-        text: (n, L, C), the tokens of both CLIPs side by side, zeros up to T5's width, and then those of T5.
-        pooled: (n, P), the projections of the whole text by both CLIPs.
+    Tokens are those of both CLIPs side by side, zeros up to T5's width, and then T5's; ``pooled`` both CLIPs' projections.
     """
 
-    text: torch.Tensor
-    pooled: torch.Tensor
-
-    def __getitem__(self, rows: torch.Tensor) -> Conditioning:
-        return Conditioning(self.text[rows], self.pooled[rows])
-
-
-class StableDiffusion3(Denoiser):
-    """Three text encoders, of which T5 may be left out of the pipeline: its tokens are zeros then."""
-
     network_class = SD3Transformer2DModel
-    network_name = "transformer"
     pipeline_class = StableDiffusion3Pipeline
     text_classes = {
         "text_encoder": CLIPTextModelWithProjection,
         "text_encoder_2": CLIPTextModelWithProjection,
         T5: T5EncoderModel,
     }
-    timestep_dtype = torch.float32
+    t5 = T5
     sequence_length = 256  # as the pipeline's own default
-    lora_targets = [*Denoiser.lora_targets, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
-    text_targets = None
 
     @classmethod
     def encoders_of(cls, path: str, config: ModelConfig) -> dict[str, type]:
@@ -83,13 +61,8 @@ class StableDiffusion3(Denoiser):
         """Return the number of steps, and with dynamic shifting ``mu``, which follows from the size of the picture."""
         times = {"num_inference_steps": sampling.steps}
         if scheduler.get("use_dynamic_shifting"):
-            own = FlowMatchEulerDiscreteScheduler.from_config(scheduler).config
-            network, vae = (read_json(path, config, "config.json", part) for part in ("transformer", "vae"))
-            scale, patch = 2 ** (len(vae["block_out_channels"]) - 1), network["patch_size"]
-            sides = (network["sample_size"] if size is None else size // scale for size in (sampling.height, sampling.width))
-            height, width = (side // patch for side in sides)
-            shifts = own.base_image_seq_len, own.max_image_seq_len, own.base_shift, own.max_shift
-            times["mu"] = calculate_shift(height * width, *shifts)
+            network = read_json(path, config, "config.json", "transformer")
+            times["mu"] = cls.shift(path, config, scheduler, sampling, network["sample_size"], network["patch_size"])
         return times
 
     @property
@@ -133,10 +106,6 @@ class StableDiffusion3(Denoiser):
         """Name the last block's queries of the text, whose outputs are dropped."""
         return rf"transformer_blocks\.{self.network.config.num_layers - 1}\.attn\.add_q_proj"
 
-    def text_length(self, encoder: str) -> int:
-        """Return the tokens that a text encoder gets: of T5 ``model.max_sequence_length``."""
-        return self.max_sequence_length if encoder == T5 else super().text_length(encoder)
-
     def embed(self, ids: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the tokens of one text, (L, C), and its projections, (P,)."""
         *clips, t5 = (self.text_encoders.get(name) for name in self.text_classes)
@@ -153,20 +122,9 @@ class StableDiffusion3(Denoiser):
         length = self.text_length("text_encoder") + self.max_sequence_length
         return torch.empty(length, config.joint_attention_dim, **like), torch.empty(config.pooled_projection_dim, **like)
 
-    def condition(self, embeddings: list[tuple[torch.Tensor, torch.Tensor]], sampling: SamplingConfig) -> Conditioning:
-        """Stack the embeddings of n texts."""
-        texts, pooled = zip(*embeddings, strict=True)
-        return Conditioning(torch.stack(texts), torch.stack(pooled))
-
     def call(
         self, forward: Callable[..., Any], latents, timesteps, cond: Conditioning, uncond: Conditioning | None
     ) -> torch.Tensor:
         """Call the transformer with latents (m, 16, H, W) and float32 timesteps (m,), as stock does; returns the velocity."""
-        both, dtype = [cond] if uncond is None else [uncond, cond], DTYPES[self.config.dtype]
-        return forward(
-            hidden_states=latents,
-            timestep=timesteps,
-            encoder_hidden_states=torch.cat([c.text for c in both]).to(dtype),
-            pooled_projections=torch.cat([c.pooled for c in both]).to(dtype),
-            return_dict=False,
-        )[0]
+        texts = self.texts(cond, uncond)
+        return forward(hidden_states=latents, timestep=timesteps, **texts, return_dict=False)[0]
