@@ -24,9 +24,12 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported: its kernels then run on the CPU
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLFlux2,
     DDIMScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
     PNDMScheduler,
@@ -36,11 +39,15 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Qwen2TokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
     T5Config,
     T5EncoderModel,
     T5TokenizerFast,
@@ -293,6 +300,73 @@ def make_flux(folder, schnell: bool = False) -> str:
     return str(folder)
 
 
+DIALOGUE = (  # of Qwen3's chat_template, what the pipeline uses
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+)
+
+
+def make_klein(folder, distilled: bool = False) -> str:
+    """A tiny random Flux2KleinPipeline, for pictures of 16 px; those of its own size, the pipeline's, have 256.
+
+    Keys and structure are those of the config.json files of black-forest-labs/FLUX.2-klein-base-4B, with shrunken widths: the
+    transformer's double and single blocks without guidance_embeds, three of its text encoder's layers side by side as
+    joint_attention_dim; four equal axes_dims_rope, (32, 32, 32, 32) of attention heads of 128; the VAE's patch_size, and
+    statistics of its batch norm; a Qwen3 with the layers 9, 18 and 27; and the scheduler as it is.
+    """
+    torch.manual_seed(0)
+    words = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *sorted(ByteLevel.alphabet())]
+    tokenizer = Qwen2TokenizerFast({word: i for i, word in enumerate(words)}, [], chat_template=DIALOGUE)
+    tokenizer.add_special_tokens({"additional_special_tokens": words[1:3]})
+    encoder = Qwen3Config(
+        vocab_size=len(words),
+        hidden_size=8,
+        intermediate_size=16,
+        num_hidden_layers=28,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=4,
+        tie_word_embeddings=True,
+        initializer_range=0.3,
+    )
+    transformer = {
+        "patch_size": 1,
+        "in_channels": 32,
+        "num_layers": 2,
+        "num_single_layers": 2,
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 24,
+        "timestep_guidance_channels": 16,
+        "mlp_ratio": 3.0,
+        "axes_dims_rope": (4, 4, 4, 4),
+        "rope_theta": 2000,
+        "guidance_embeds": False,
+    }
+    vae = AutoencoderKLFlux2(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4,
+        sample_size=16,
+        latent_channels=8,
+    )
+    vae.bn.running_mean.normal_()
+    vae.bn.running_var.uniform_(0.5, 2)
+    sizes = {"base_image_seq_len": 256, "max_image_seq_len": 4096}
+    shifting = {"shift": 3.0, "use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15, **sizes}
+    Flux2KleinPipeline(
+        text_encoder=Qwen3ForCausalLM(encoder),
+        tokenizer=tokenizer,
+        transformer=Flux2Transformer2DModel(**transformer),
+        vae=vae,
+        scheduler=FlowMatchEulerDiscreteScheduler(**shifting),
+        is_distilled=distilled,
+    ).save_pretrained(folder)
+    return str(folder)
+
+
 @pytest.fixture(scope="session")
 def tiny_sd(tmp_path_factory) -> str:
     """Epsilon prediction, a DDIM scheduler."""
@@ -339,6 +413,12 @@ def tiny_flux(tmp_path_factory) -> str:
 def tiny_schnell(tmp_path_factory) -> str:
     """As FLUX.1 schnell ships, without guidance as an input and without shifts of its times."""
     return make_flux(tmp_path_factory.mktemp("schnell"), schnell=True)
+
+
+@pytest.fixture(scope="session")
+def tiny_klein(tmp_path_factory) -> str:
+    """As FLUX.2 klein base ships."""
+    return make_klein(tmp_path_factory.mktemp("klein"))
 
 
 @pytest.fixture

@@ -46,6 +46,7 @@ PUBLISHED = {  # parameters, and the side of their pictures
         },
         1024,
     ),
+    "klein_base_4b": ({"transformer": 3_875_544_576, "text_encoder": 4_022_468_096, "vae": 84_046_115}, 1024),
 }
 
 

@@ -19,7 +19,8 @@ class LoraConfig(Strict):
     target_modules: Annotated[list[str], Field(min_length=1)] | None = Field(
         None,
         description="modules of the network that get an adapter, by the ending of their names; null: its attention, "
-        "`[to_q, to_k, to_v, to_out.0]`, of SD3 and FLUX `add_q_proj, add_k_proj, add_v_proj, to_add_out` too",
+        "`[to_q, to_k, to_v, to_out.0]`, of SD3 and FLUX `add_q_proj, add_k_proj, add_v_proj, to_add_out` too, "
+        "of klein `to_qkv_mlp_proj, to_out` beside",
     )
     text_encoders: bool = Field(
         False, description="whether the attention of the text encoders gets adapters of the same rank too"
@@ -48,17 +49,17 @@ class ModelConfig(Strict):
         description="`assets:shapes` (the bundled model), a diffusers folder, or a hub id `OWNER/NAME`; "
         "null beside `model.random_init`",
     )
-    random_init: Literal["sd15", "sd2", "sdxl", "sd35_medium", "flux_dev"] | None = Field(
+    random_init: Literal["sd15", "sd2", "sdxl", "sd35_medium", "flux_dev", "klein_base_4b"] | None = Field(
         None,
-        description="in place of `path`: Stable Diffusion 1.5, 2.1, XL or 3.5 medium or FLUX.1 dev in full size with random "
-        "weights, without a download",
+        description="in place of `path`: Stable Diffusion 1.5, 2.1, XL, 3.5 medium, FLUX.1 dev or FLUX.2 klein base 4B "
+        "in full size with random weights, without a download",
     )
     revision: str | None = Field(None, description="branch, tag or commit of a hub id; null: its main branch")
     variant: str | None = Field(None, description="variant of the weight files, such as `fp16`; null: those without a variant")
     max_sequence_length: Annotated[int, Field(ge=1, le=512)] | None = Field(
         None,
-        description="SD3 and FLUX only: tokens of T5; shorter texts are padded, which is attended to and changes the picture; "
-        "null: 256 for SD3, 512 for FLUX.1 dev, as in their pipelines, and 256, the most, for schnell",
+        description="SD3 and FLUX only: tokens of T5 or Qwen3; shorter texts are padded, which changes the picture; null"
+        ": 256 for SD3, 512 for FLUX, as in their pipelines, and 256, the most, for schnell",
     )
     adapter: Literal["lora", "full"] = Field(
         "lora", description="what is trained: LoRA adapters on the UNet, or all of the UNet's weights"
@@ -103,7 +104,7 @@ class SamplingConfig(Strict):
     guidance_scale: Annotated[float, Field(ge=1)] = Field(
         5.0,
         description="w of classifier-free guidance; 1 switches it off and saves the second half of every forward; "
-        "FLUX has no default: stock's is 1",
+        "FLUX.1 has no default: stock's is 1",
     )
     embedded_guidance: Annotated[float, Field(ge=0)] | None = Field(
         None, description="FLUX.1 dev only: the guidance that the model was distilled from and is told; null: 3.5, as in stock"

@@ -22,6 +22,7 @@ FAMILIES = {  # the class of a pipeline: the module and the class of its adapter
     "StableDiffusionXLPipeline": ("fastloop.denoisers.sdxl", "StableDiffusionXL"),
     "StableDiffusion3Pipeline": ("fastloop.denoisers.sd3", "StableDiffusion3"),
     "FluxPipeline": ("fastloop.denoisers.flux", "Flux"),
+    "Flux2KleinPipeline": ("fastloop.denoisers.klein", "Klein"),
 }
 
 

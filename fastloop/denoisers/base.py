@@ -39,6 +39,7 @@ class Denoiser(Adapters, Residence, Export):
 
     network_class: type
     network_name: str  # its folder in a pipeline
+    vae_class: type = AutoencoderKL
     pipeline_class: type
     text_classes: dict[str, type]  # of the text encoders, by the name of their part
     absent: dict[str, Any]  # arguments of the pipeline for the parts that are left out
@@ -171,7 +172,7 @@ class Denoiser(Adapters, Residence, Export):
             name.replace("text_encoder", "tokenizer"): read_tokenizer(name, path, config, encoder.config)
             for name, encoder in text_encoders.items()
         }
-        vae = get("vae", AutoencoderKL, path, config, torch.float32, device)
+        vae = get("vae", cls.vae_class, path, config, torch.float32, device)
         vae.to(cls.vae_dtype(config, vae))
         # a full fine-tune trains the weights of the file, not their rounding
         trained = torch.float32 if config.adapter == "full" else dtype
@@ -185,7 +186,7 @@ class Denoiser(Adapters, Residence, Export):
         Raises ``UserError`` where a config is missing.
         """
         encoders = cls.encoders_of(path, config)
-        kinds = {**encoders, "vae": AutoencoderKL, cls.network_name: cls.network_class}
+        kinds = {**encoders, "vae": cls.vae_class, cls.network_name: cls.network_class}
         configs = {name: read_json(path, config, "config.json", name) for name in kinds}
         with torch.device("meta"):
             parts = {name: build_part(name, path, maker(kind), configs[name]) for name, kind in kinds.items()}

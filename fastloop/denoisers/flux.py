@@ -44,7 +44,7 @@ class Flux(TransformerDenoiser):
     pipeline_class = FluxPipeline
     text_classes = {"text_encoder": CLIPTextModel, "text_encoder_2": T5EncoderModel}
     absent = dict.fromkeys(("image_encoder", "feature_extractor"))
-    t5 = "text_encoder_2"
+    long_encoder = "text_encoder_2"
     sequence_length = 512  # as the pipeline's own default
     own_latent_size = OWN_SIZE
     size_unit = PATCH
@@ -92,7 +92,7 @@ class Flux(TransformerDenoiser):
         """Return equal steps, which the scheduler shifts, and ``mu``, which follows from the size of the picture."""
         return {
             "sigmas": np.linspace(1.0, 1 / sampling.steps, sampling.steps),
-            "mu": cls.shift(path, config, scheduler, sampling, OWN_SIZE, PATCH),
+            "mu": cls.shift(scheduler, cls.patches(path, config, sampling, OWN_SIZE, PATCH)),
         }
 
     @cached_property

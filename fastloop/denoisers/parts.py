@@ -6,13 +6,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
-from transformers import CLIPTokenizer, PreTrainedConfig, PreTrainedTokenizerBase, T5TokenizerFast
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import CLIPTokenizer, PreTrainedConfig, PreTrainedTokenizerBase, Qwen2TokenizerFast, T5TokenizerFast
 
 from fastloop.config import ModelConfig
 from fastloop.denoisers.files import ASSETS, read_json
 from fastloop.errors import UserError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+QWEN_PAD = "<|endoftext|>"
+QWEN_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"  # beside random weights
 T5_LENGTH = 512  # tokens that T5 was trained with; it has no positions that could run out
 
 
@@ -69,11 +72,11 @@ def random_part(
 
 
 def read_tokenizer(encoder: str, path: str, config: ModelConfig, text_config: PreTrainedConfig) -> PreTrainedTokenizerBase:
-    """Read the tokenizer of a text encoder, CLIP or T5.
+    """Read the tokenizer of a text encoder, CLIP, T5 or Qwen3.
 
     Beside random weights it is the bundled model's, or of its words, at the length of the real one.
     """
-    kind = T5TokenizerFast if text_config.model_type == "t5" else CLIPTokenizer
+    kind = {"t5": T5TokenizerFast, "qwen3": Qwen2TokenizerFast}.get(text_config.model_type, CLIPTokenizer)
     name = encoder.replace("text_encoder", "tokenizer")
     if config.random_init:
         tokenizer = CLIPTokenizer.from_pretrained(ASSETS / "shapes" / "tokenizer")
@@ -82,6 +85,9 @@ def read_tokenizer(encoder: str, path: str, config: ModelConfig, text_config: Pr
             vocabulary = [*(f"▁{word}" for word in sorted(words)), "▁"]
             scores = [*((token, 0.0) for token in ("<pad>", "</s>", "<unk>")), *((token, -1.0) for token in vocabulary)]
             return T5TokenizerFast(scores, extra_ids=0, model_max_length=T5_LENGTH)
+        if kind is Qwen2TokenizerFast:
+            words = [QWEN_PAD, *sorted(ByteLevel.alphabet())]  # every text is bytes
+            return Qwen2TokenizerFast({word: i for i, word in enumerate(words)}, [], chat_template=QWEN_TEMPLATE)
         tokenizer.model_max_length = text_config.max_position_embeddings
         return tokenizer
     with _refusing(name, path, config):

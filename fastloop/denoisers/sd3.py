@@ -31,7 +31,7 @@ class StableDiffusion3(TransformerDenoiser):
         "text_encoder_2": CLIPTextModelWithProjection,
         T5: T5EncoderModel,
     }
-    t5 = T5
+    long_encoder = T5
     sequence_length = 256  # as the pipeline's own default
 
     @classmethod
@@ -62,7 +62,8 @@ class StableDiffusion3(TransformerDenoiser):
         times = {"num_inference_steps": sampling.steps}
         if scheduler.get("use_dynamic_shifting"):
             network = read_json(path, config, "config.json", "transformer")
-            times["mu"] = cls.shift(path, config, scheduler, sampling, network["sample_size"], network["patch_size"])
+            tokens = cls.patches(path, config, sampling, network["sample_size"], network["patch_size"])
+            times["mu"] = cls.shift(scheduler, tokens)
         return times
 
     @property

@@ -1,4 +1,4 @@
-"""What the families with a joint transformer share: flows that are told of a text by T5's tokens and CLIP's whole of it.
+"""What the families with a joint transformer share, and how flows are told of a text by its tokens and the whole of it.
 
 What is written for UNets does not apply to them: of the modules that launch less only LoRA's layers and the frozen convolution
 are in them, fused kernels find nothing, and their attention is PyTorch's own.
@@ -42,26 +42,28 @@ class TransformerDenoiser(Denoiser):
     timestep_dtype = torch.float32
     lora_targets = [*Denoiser.lora_targets, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
     text_targets = None
-    t5: str  # the name of its part
+    long_encoder: str  # the text encoder that gets `model.max_sequence_length` tokens
 
     @classmethod
-    def shift(
-        cls, path: str, config: ModelConfig, scheduler: Mapping[str, Any], sampling: SamplingConfig, own: int, patch: int
-    ) -> float:
-        """Return ``mu`` of dynamic shifting, which follows from the patches of a picture.
+    def patches(cls, path: str, config: ModelConfig, sampling: SamplingConfig, own: int, patch: int) -> int:
+        """Count the patches of a picture.
 
         Args:
-            own, patch: sides in latents, of a picture of the model's own size and of a patch.
+            own, patch: sides in the VAE's latents, of a picture of the model's own size and of a patch.
         """
         scale = 2 ** (len(read_json(path, config, "config.json", "vae")["block_out_channels"]) - 1)
         height, width = (own if size is None else size // scale for size in (sampling.height, sampling.width))
+        return (height // patch) * (width // patch)
+
+    @staticmethod
+    def shift(scheduler: Mapping[str, Any], tokens: int) -> float:
+        """Return ``mu`` of dynamic shifting, as SD3's and FLUX.1's pipelines do."""
         of = FlowMatchEulerDiscreteScheduler.from_config(scheduler).config
-        tokens = (height // patch) * (width // patch)
         return calculate_shift(tokens, of.base_image_seq_len, of.max_image_seq_len, of.base_shift, of.max_shift)
 
     def text_length(self, encoder: str) -> int:
-        """Return the tokens that a text encoder gets: of T5 ``model.max_sequence_length``."""
-        return self.max_sequence_length if encoder == self.t5 else super().text_length(encoder)
+        """Return the tokens that a text encoder gets: one of them ``model.max_sequence_length``."""
+        return self.max_sequence_length if encoder == self.long_encoder else super().text_length(encoder)
 
     def condition(self, embeddings: list[tuple[torch.Tensor, torch.Tensor]], sampling: SamplingConfig) -> Conditioning:
         """Stack the embeddings of n texts."""
