@@ -241,12 +241,17 @@ def size_of(tensor: torch.Tensor) -> int:
 
 
 def make_fake(module: torch.nn.Module) -> None:
-    """Gives a module fake tensors in place of its own; within the mode that makes them."""
+    """Gives a module fake tensors in place of its own; within the mode that makes them.
+
+    A parameter with two names, as T5's embedding of tokens, has one stand-in.
+    """
+    made = {}
     for m in module.modules():
         for name, p in m._parameters.items():
-            if p is not None:
+            if p is not None and p not in made:
                 fake = torch.empty_strided(p.shape, p.stride(), dtype=p.dtype)
-                m._parameters[name] = torch.nn.Parameter(fake, p.requires_grad)
+                made[p] = torch.nn.Parameter(fake, p.requires_grad)
+            m._parameters[name] = made.get(p)
         for name, b in m._buffers.items():
             if b is not None:
                 m._buffers[name] = torch.empty_strided(b.shape, b.stride(), dtype=b.dtype)
