@@ -7,6 +7,7 @@ from fastloop.batches import Batches, evaluation_batch
 from fastloop.compiling import planned_line
 from fastloop.config import Config
 from fastloop.denoisers.base import Denoiser
+from fastloop.denoisers.quantised import packed_away
 from fastloop.errors import UserError
 from fastloop.losses import update_sampling
 from fastloop.memory.estimates import MemoryNeeds, memory_needs
@@ -48,7 +49,7 @@ def overview(checked: Checked, ranks: int = 1) -> list[str]:
     height, width = checked.skeleton.image_size(config.sampling)
     name = config.model.path or f"{config.model.random_init} with random weights"
     return [
-        f"model        {name}, {config.model.adapter}, {config.model.dtype}, {width} x {height} pixels",
+        f"model        {name}, {config.model.adapter}, {config.model.dtype}, {_held_text(config)}{width} x {height} pixels",
         *caution_lines(checked.skeleton),
         prompts_line(checked.prompts, checked.eval_prompts),
         *derived_lines(checked.batches(ranks)),
@@ -58,6 +59,10 @@ def overview(checked: Checked, ranks: int = 1) -> list[str]:
 def caution_lines(denoiser: Denoiser) -> list[str]:
     """Write what speaks against training this model, as far as it does."""
     return [] if denoiser.caution is None else [f"warning      {denoiser.caution}"]
+
+
+def _held_text(config: Config) -> str:
+    return f"frozen weights in {config.model.base_precision}, " if config.model.base_precision else ""
 
 
 def derived_lines(batches: Batches) -> list[str]:
@@ -171,7 +176,7 @@ def _parameter_lines(config: Config, skeleton: Denoiser) -> list[str]:
     trained = sum(p.numel() for p in skeleton.trainable().values())
     for name, module in skeleton.parts.items():
         own = [p for p in module.parameters() if config.model.adapter == "full" or not p.requires_grad]  # without adapters
-        lines.append(f"  {name.replace('_', ' '):<15}{sum(p.numel() for p in own):>15,}")
+        lines.append(f"  {name.replace('_', ' '):<15}{sum(p.numel() for p in own) + packed_away(module):>15,}")
     lines.append(f"  {'trained':<15}{trained:>15,}")
     return lines
 

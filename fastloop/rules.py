@@ -27,6 +27,11 @@ def _of_model(config: Config) -> str | None:
     model = config.model
     if model.lora.text_encoders and model.adapter == "full":
         return "model.lora.text_encoders: model.adapter=full trains the UNet alone: set it to false, or model.adapter=lora"
+    if model.base_precision and model.adapter == "full":
+        return (
+            f"model.base_precision: {model.base_precision} is for weights that stay as they are, and model.adapter=full "
+            "trains them: set model.adapter=lora, or base_precision to null"
+        )
     if model.random_init is None:
         return "model.path: no model: give assets:shapes, a folder or a hub id" if model.path is None else None
     for key in ("path", "revision", "variant"):
@@ -112,6 +117,11 @@ def _of_engine(config: Config) -> str | None:
         return "engine.offload_parameters: the optimizer goes first: set engine.offload_optimizer=true and cpu_adamw"
     if engine.rollout_parameters is not None and stage != 3:
         return f"engine.rollout_parameters: with engine.zero_stage={stage} the weights are always whole: leave it out"
+    if stage == 3 and config.model.base_precision:
+        return (
+            "model.base_precision: engine.zero_stage=3 gathers weights of the dtype that it computes in: set zero_stage=2, "
+            "which leaves the frozen weights whole, or base_precision to null"
+        )
     if stage == 3 and config.model.lora.text_encoders:
         return "model.lora.text_encoders: engine.zero_stage=3 shares out the UNet alone: set it to false, or zero_stage=2"
     if stage == 3 and config.kl.weight and config.model.adapter == "full":

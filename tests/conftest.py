@@ -159,7 +159,7 @@ def make_sd(folder, prediction: str = "epsilon", scheduler=DDIMScheduler, sample
     return str(folder)
 
 
-def make_sdxl(folder, prediction: str = "epsilon", zeros: bool = True) -> str:
+def make_sdxl(folder, prediction: str = "epsilon", zeros: bool = True, **of_unet) -> str:
     """A tiny random StableDiffusionXLPipeline of 16 px pictures; its second tokenizer pads with another word, as SDXL's."""
     torch.manual_seed(0)
     tokenizer, tokenizer_2 = make_tokenizer(), make_tokenizer(pad_token="!")
@@ -176,6 +176,7 @@ def make_sdxl(folder, prediction: str = "epsilon", zeros: bool = True) -> str:
             addition_embed_type="text_time",
             addition_time_embed_dim=8,
             projection_class_embeddings_input_dim=6 * 8 + 12,
+            **of_unet,
         ),
         vae=make_vae(8, scaling_factor=0.13025),
         scheduler=EulerDiscreteScheduler(prediction_type=prediction, timestep_spacing="leading", **SETTINGS),
@@ -185,11 +186,11 @@ def make_sdxl(folder, prediction: str = "epsilon", zeros: bool = True) -> str:
     return str(folder)
 
 
-def make_t5() -> T5EncoderModel:
+def make_t5(width: int = 48) -> T5EncoderModel:
     return T5EncoderModel(
         T5Config(
             vocab_size=40,
-            d_model=48,
+            d_model=width,
             d_kv=8,
             d_ff=24,
             num_layers=2,
@@ -233,15 +234,15 @@ def make_sd3(folder, t5: bool = True, of_network: dict | None = None, **of_sched
         "pos_embed_max_size": 16,
         "dual_attention_layers": (0, 1),
         "qk_norm": "rms_norm",
-    }
+    } | (of_network or {})
     StableDiffusion3Pipeline(
         text_encoder=CLIPTextModelWithProjection(make_text_config(tokenizer, layers=2)),
         text_encoder_2=CLIPTextModelWithProjection(second),
-        text_encoder_3=make_t5() if t5 else None,
+        text_encoder_3=make_t5(transformer["joint_attention_dim"]) if t5 else None,
         tokenizer=tokenizer,
         tokenizer_2=tokenizer_2,
         tokenizer_3=make_t5_tokenizer() if t5 else None,
-        transformer=SD3Transformer2DModel(**transformer | (of_network or {})),
+        transformer=SD3Transformer2DModel(**transformer),
         vae=make_vae(
             8,
             latent_channels=16,

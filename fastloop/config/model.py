@@ -68,6 +68,11 @@ class ModelConfig(Strict):
     dtype: Literal["fp32", "bf16", "fp16"] = Field(
         "fp32", description="what the model computes in; trained weights, latents and log-probs stay float32"
     )
+    base_precision: Literal["int8", "nf4"] | None = Field(
+        None,
+        description="LoRA only: the frozen linear layers of the network, and of a text encoder with 1e9 parameters (T5), "
+        "are held in 8 or 4 bits by bitsandbytes' rounding, and multiplied in `model.dtype`; null: in `model.dtype`",
+    )
     attention: Literal["sdpa", "flash", "xformers"] = Field(
         "sdpa",
         description="attention backend; sdpa: PyTorch's flash, memory-efficient or plain one, the first that can; "

@@ -14,6 +14,7 @@ from fastloop import kernels, numerics
 from fastloop.config import Config, ModelConfig
 from fastloop.denoisers.files import model_source, read_json, refuse_own_code
 from fastloop.denoisers.lean import lighten_parts
+from fastloop.denoisers.quantised import quantisation_problem
 from fastloop.errors import UserError
 from fastloop.machine import xformers_problem
 
@@ -30,10 +31,12 @@ def family(path: str, config: ModelConfig):
     """Return the adapter class of a pipeline.
 
     Raises:
-        UserError: the pipeline's class is not supported, or this machine lacks the attention backend.
+        UserError: the pipeline's class is not supported, or this machine lacks the attention backend or bitsandbytes.
     """
     if config.attention == "xformers" and (problem := xformers_problem()):
         raise UserError(f"model.attention: {problem}; or set it to sdpa")
+    if config.base_precision and (problem := quantisation_problem(config.base_precision)):
+        raise UserError(f"model.base_precision: {problem}")
     index = read_json(path, config, "model_index.json")
     name = index.get("_class_name")
     if not isinstance(name, str) or name not in FAMILIES:

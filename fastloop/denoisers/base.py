@@ -20,6 +20,7 @@ from fastloop.denoisers.adapters import Adapters
 from fastloop.denoisers.export import Export
 from fastloop.denoisers.files import read_json
 from fastloop.denoisers.parts import DTYPES, build_part, maker, random_part, read_part, read_tokenizer
+from fastloop.denoisers.quantised import quantise_parts
 from fastloop.denoisers.residence import Residence, upload
 from fastloop.errors import RunFailed, UserError
 from fastloop.observer import UNOBSERVED
@@ -165,8 +166,9 @@ class Denoiser(Adapters, Residence, Export):
         transformers_logging.disable_progress_bar()
         dtype = DTYPES[config.dtype]
         get = random_part if config.random_init else read_part
+        first = torch.device("cpu") if config.base_precision else device  # whole it might not fit onto the device
         text_encoders = {
-            name: get(name, kind, path, config, dtype, device) for name, kind in cls.encoders_of(path, config).items()
+            name: get(name, kind, path, config, dtype, first) for name, kind in cls.encoders_of(path, config).items()
         }
         tokenizers = {
             name.replace("text_encoder", "tokenizer"): read_tokenizer(name, path, config, encoder.config)
@@ -176,7 +178,8 @@ class Denoiser(Adapters, Residence, Export):
         vae.to(cls.vae_dtype(config, vae))
         # a full fine-tune trains the weights of the file, not their rounding
         trained = torch.float32 if config.adapter == "full" else dtype
-        network = get(cls.network_name, cls.network_class, path, config, trained, device)
+        network = get(cls.network_name, cls.network_class, path, config, trained, first)
+        quantise_parts(config, device, network, text_encoders)
         return cls(path, config, device, tokenizers=tokenizers, text_encoders=text_encoders, vae=vae, network=network)
 
     @classmethod
@@ -199,6 +202,7 @@ class Denoiser(Adapters, Residence, Export):
                 for inner in module.modules():
                     for kept in getattr(module, "_keep_in_fp32_modules", None) or ():
                         getattr(inner, kept, torch.nn.Identity()).float()
+        quantise_parts(config, torch.device("meta"), network, text_encoders)
         return cls(path, config, torch.device("meta"), tokenizers={}, text_encoders=text_encoders, vae=vae, network=network)
 
     @classmethod

@@ -10,6 +10,8 @@ from peft.tuners import lora
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastloop.denoisers.quantised import QuantisedLinear, whole
+
 
 class LoraLinear(lora.Linear):
     """peft's linear layer with one plain adapter on a frozen layer: no casts, no dropout, and no multiplication by 1."""
@@ -23,7 +25,8 @@ class LoraLinear(lora.Linear):
     def takes(self, x: Tensor) -> bool:
         """Say whether the adapter is on, and all is computed in the dtype of x."""
         on = not self.disable_adapters and not self.merged and len(self.active_adapters) == 1
-        return on and self.base_layer.weight.dtype == x.dtype and not torch.is_autocast_enabled(x.device.type)
+        alike = isinstance(self.base_layer, QuantisedLinear) or self.base_layer.weight.dtype == x.dtype
+        return on and alike and not torch.is_autocast_enabled(x.device.type)
 
 
 def project(x: Tensor, *layers: nn.Module) -> list[Tensor]:
@@ -40,50 +43,55 @@ def low_rank(x: Tensor, layers: list[LoraLinear]) -> list[Tensor]:
         (adapter,) = layer.active_adapters
         thin = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
         scalings.append(layer.scaling[adapter])
-        weights += [layer.base_layer.weight, layer.base_layer.bias, *(weight.to(x.dtype) for weight in thin)]
+        base = layer.base_layer
+        weights += [base.weight, getattr(base, "scales", None), base.bias, *(weight.to(x.dtype) for weight in thin)]
     outputs = _LowRank.apply(x.reshape(-1, x.shape[-1]), scalings, *weights)
     return [output.view(*x.shape[:-1], -1) for output in outputs]
 
 
 class _LowRank(torch.autograd.Function):
-    """Takes x (N, C), and for each layer a scaling and the tensors W, b or None, A and B, of which the last two are trained.
+    """Takes x (N, C), and for each layer a scaling and the tensors W, scales or None, b or None, A and B.
 
+    The last two are trained. W with scales is held as `QuantisedLinear` does, and is whole only while it is multiplied.
     With and without gradients it is the same code, so that the policy that is trained is the one that sampled, bit for bit.
     """
 
     @staticmethod
     def forward(ctx, x: Tensor, scalings: list[float], *weights: Tensor | None) -> tuple[Tensor, ...]:
-        bases, biases, downs, ups = (weights[i::4] for i in range(4))
+        bases, scales, biases, downs, ups = (weights[i::5] for i in range(5))
         down = torch.cat(downs) if len(downs) > 1 else downs[0]
         thin = F.linear(x, down)
-        outputs = tuple(F.linear(x, base, bias) for base, bias in zip(bases, biases, strict=True))
+        held = zip(bases, scales, biases, strict=True)
+        outputs = tuple(F.linear(x, whole(*base, x.shape[1], x.dtype), bias) for *base, bias in held)
         parts = thin.split([len(a) for a in downs], 1)
         for output, part, up, scaling in zip(outputs, parts, ups, scalings, strict=True):
             output.addmm_(part, up.t(), alpha=scaling)
-        ctx.save_for_backward(x, thin, down, *bases, *ups)
+        ctx.save_for_backward(x, thin, down, *bases, *scales, *ups)
         ctx.scalings, ctx.ranks = scalings, [len(a) for a in downs]
         return outputs
 
     @staticmethod
     def backward(ctx, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, thin, down, *weights = ctx.saved_tensors
-        bases, ups = weights[: len(gradients)], weights[len(gradients) :]
+        bases, scales, ups = (weights[i * len(gradients) :][: len(gradients)] for i in range(3))
         for_thin, for_x, for_ups = torch.empty_like(thin), None, []
         thins = zip(thin.split(ctx.ranks, 1), for_thin.split(ctx.ranks, 1), strict=True)
-        for g, base, up, scaling, (part, for_part) in zip(gradients, bases, ups, ctx.scalings, thins, strict=True):
+        held = zip(bases, scales, strict=True)
+        for g, base, up, scaling, (part, for_part) in zip(gradients, held, ups, ctx.scalings, thins, strict=True):
             for_part.addmm_(g, up, beta=0, alpha=scaling)
             for_ups.append(torch.empty_like(up).addmm_(g.t(), part, beta=0, alpha=scaling))
             if ctx.needs_input_grad[0]:
-                for_x = g @ base if for_x is None else for_x.addmm_(g, base)
+                weight = whole(*base, x.shape[1], x.dtype)
+                for_x = g @ weight if for_x is None else for_x.addmm_(g, weight)
         if for_x is not None:
             for_x.addmm_(for_thin, down)
         for_downs = (for_thin.t() @ x).split(ctx.ranks)
-        return for_x, None, *(g for pair in zip(for_downs, for_ups, strict=True) for g in (None, None, *pair))
+        return for_x, None, *(g for pair in zip(for_downs, for_ups, strict=True) for g in (None, None, None, *pair))
 
 
 def can_be_ours(layer: nn.Module) -> bool:
     """Say whether a layer is peft's linear one on a frozen linear layer, without dropout, biases or variants of LoRA."""
-    if type(layer) is not lora.Linear or type(layer.base_layer) is not nn.Linear or layer.lora_variant:
+    if type(layer) is not lora.Linear or type(layer.base_layer) not in (nn.Linear, QuantisedLinear) or layer.lora_variant:
         return False
     undropped = all(isinstance(dropout, nn.Identity) for dropout in layer.lora_dropout.values())
     frozen = not any(p.requires_grad for p in layer.base_layer.parameters())
