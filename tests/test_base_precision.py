@@ -284,6 +284,7 @@ def test_a_run_starts_at_a_ratio_of_exactly_1_resumes_to_the_same_weights_and_is
     with torch.no_grad():
         ours, again = (of.predict(x, t, *of.encode(["a", "a cat"], GUIDED))[0] for of in (trainer.denoiser, opened))
     assert torch.equal(ours, again)
+    assert not held_layers(open_model(str(trainer.folder), ["model.base_precision=null"])[1]().network)
 
 
 def test_the_reference_of_a_kl_is_the_held_model_without_adapters(config_of):
