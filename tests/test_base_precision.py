@@ -276,6 +276,8 @@ def test_a_run_starts_at_a_ratio_of_exactly_1_resumes_to_the_same_weights_and_is
     assert {value.dtype for value in end.values()} == {torch.float32}
     assert all((start[name] != end[name]).any() for name in start if "lora_B" in name)
     run("broken", iterations=1)
+    with pytest.raises(UserError, match="model.base_precision"):  # it would be another run
+        make_run("broken", family, None, True, of_model, **changes)
     assert equal(weights(run("broken", resume=True).folder, 2), end)
     opened = open_model(str(trainer.folder), [])[1]()  # as `sample` and `eval` do
     assert held_layers(opened.network).keys() == held_layers(trainer.denoiser.network).keys() != set()
