@@ -19,7 +19,8 @@ from fastloop.errors import RunFailed, UserError
 from fastloop.kernels.reference import initial_noise, normal
 from fastloop.machine import xformers_problem
 from fastloop.rollout import rollout, sampler_table
-from fastloop.shapes.pretrain import build_pipeline, save
+from fastloop.shapes.pretrain import build_pipeline
+from fastloop.shapes.pretraining import save
 from fastloop.transitions import transition_table
 
 CPU = torch.device("cpu")
