@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from fastloop.config import ModelConfig
 from fastloop.denoisers import build_skeleton
 from fastloop.shapes import pretrain_flow, pretraining
-from fastloop.shapes.pretrain_flow import SAMPLING, T5_TOKENS, build_pipeline, encode, main
+from fastloop.shapes.pretrain_flow import SAMPLING, build_pipeline, encode, main
 
 
 @pytest.fixture
@@ -56,8 +56,10 @@ def test_cut_and_resumed_it_gives_the_same_weights_which_stock_diffusers_reads(p
     assert {weight.dtype for weights in wanted.values() for weight in weights.values()} == {torch.float16}
     assert sum(path.stat().st_size for path in whole.rglob("*.safetensors")) < 6e6
     header, *log = [json.loads(line) for line in (whole / "training_log.jsonl").read_text().splitlines()]
-    assert header["settings"] == {"steps": 4, "batch": 4, "pictures": 16, "caption_noise": 0.25, "evaluate_every": 2}
-    assert [(row["stage"], row.get("step")) for row in log] == [("score", 2), ("score", 4), ("final", None)]
+    assert header["settings"] == {"pictures": 16, "caption_noise": 0.25, "evaluate_every": 2, "steps": 4, "batch": 4}
+    assert [(row["stage"], row.get("step"), row["guidance"]) for row in log] == [
+        (stage, step, guidance) for stage, step in (("score", 2), ("score", 4), ("final", None)) for guidance in (1.0, 3.0)
+    ]
     pipeline = StableDiffusion3Pipeline.from_pretrained(whole, text_encoder_3=None, tokenizer_3=None)
     parts = (pipeline.transformer, pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2)
     assert {part.dtype for part in parts} == {torch.float32}
@@ -68,13 +70,14 @@ def test_cut_and_resumed_it_gives_the_same_weights_which_stock_diffusers_reads(p
     assert build_skeleton(ModelConfig(path=str(whole))).latent_shape(None, None) == (8, 8, 8)
 
 
-def test_it_is_told_of_a_text_what_the_pipeline_tells_it() -> None:
+@pytest.mark.parametrize("zeros", [1, 5])
+def test_it_is_told_of_a_text_what_the_pipeline_tells_it(zeros) -> None:
     pipeline = build_pipeline()
     prompts = ["a green striped triangle and a yellow dotted ring", ""]
     ids = pipeline.tokenizer(prompts, padding="max_length", return_tensors="pt").input_ids
     text, _, pooled, _ = pipeline.encode_prompt(
-        prompts, None, None, do_classifier_free_guidance=False, max_sequence_length=T5_TOKENS
+        prompts, None, None, do_classifier_free_guidance=False, max_sequence_length=zeros
     )
-    ours = encode(pipeline, ids)
-    assert ours[0].equal(text) and ours[1].equal(pooled) and text.shape == (2, 13, 96)
+    ours = encode(pipeline, ids, zeros)
+    assert ours[0].equal(text) and ours[1].equal(pooled) and text.shape == (2, 12 + zeros, 96)
     assert pipeline.tokenizer.decode(ids[0], skip_special_tokens=True).strip() == prompts[0]

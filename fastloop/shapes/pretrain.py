@@ -154,6 +154,7 @@ def main() -> None:
     add_settings(parser)
     parser.add_argument("--vae-steps", type=int, default=1800)
     parser.add_argument("--steps", type=int, default=6000, help="steps of UNet and text encoder")
+    parser.add_argument("--batch", type=int, default=128)
     args = parser.parse_args()
     torch.manual_seed(0)
     started, log = time.time(), []

@@ -226,9 +226,8 @@ def settings_of(args: argparse.Namespace) -> dict[str, int | float]:
 
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
-    """Add the command line's settings that both models have, but for the number of steps."""
+    """Add the command line's settings that have the same default for both models."""
     parser.add_argument("--out", type=Path, required=True, help="folder of the pipeline")
-    parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--pictures", type=int, default=60_000)
     parser.add_argument("--caption-noise", type=float, default=0.25)
     parser.add_argument("--evaluate-every", type=int, default=1000, help="steps; 0: only at the end")
