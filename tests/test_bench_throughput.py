@@ -46,7 +46,7 @@ def test_the_systems_take_turns_on_one_case_and_a_peer_gets_the_same(bench, tiny
     for row in rows.values():
         assert [each["round"] for each in row["iterations"]] == [0, 1]
         for each in row["iterations"]:
-            assert sum(each["phases"].values()) == pytest.approx(each["seconds"], rel=0.02)
+            assert sum(each["phases"].values()) == pytest.approx(each["seconds"], rel=0.02, abs=0.02)
         assert set(row["phases"]) == set(bench.PHASES)
     for name in ("encode", "rollout", "decode", "loss", "backward", "optimizer"):
         assert rows["baseline"]["phases"][name] > 0 and rows["fastloop"]["phases"][name] > 0, name
