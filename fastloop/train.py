@@ -30,8 +30,8 @@ def main(argv: list[str] | None = None) -> int:
 def leave(code: int) -> None:
     """End this process with an exit code, without taking the interpreter apart.
 
-    While that is done, after a run that was whole, a rank aborts now and then ("terminate called without an active exception"),
-    and its launcher reports a failure: one of 18 in a trial of ranks that only met, with no Python left to run.
+    While that is done, after a run that was whole, a rank aborts now and then ("terminate called without an active
+    exception"), and its launcher reports a failure: one of 18 in a trial of ranks that only met, with no Python left to run.
     """
     atexit._run_exitfuncs()
     sys.stdout.flush()

@@ -249,8 +249,8 @@ def test_what_is_refused_is_one_line_of_one_rank_with_code_2(recipe, tmp_path, o
 
 def test_ranks_leave_with_exit_code_0_whenever_they_look_for_failures(tmp_path):
     """Looking without pause, so that Python would end in the middle of a look, and left as train.py leaves."""
-    lines = ["from fastloop import ranks, train", "ranks._POLL = 0.0", "with ranks.Ranks.join() as joined:", "    joined.wait()"]
-    lines += ["train.leave(0)"]
+    lines = ["from fastloop import ranks, train", "ranks._POLL = 0.0", "with ranks.Ranks.join() as joined:"]
+    lines += ["    joined.wait()", "train.leave(0)"]
     script = tmp_path / "leave.py"
     script.write_text("\n".join(lines))
     for _ in range(3):
