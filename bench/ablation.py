@@ -22,8 +22,8 @@ from pathlib import Path
 
 import numpy as np
 from sample_efficiency import over_seeds
-from short_runs import RATE, ShortRuns, carry_out, parser_of
-from time_to_score import FAST, GROUPS, LEVERS, Recipe
+from short_runs import RATE, ShortRuns, carry_out
+from time_to_score import FAST, GROUPS, LEVERS, Recipe, parser_of
 from time_to_score_tables import COLORS, markdown
 
 CALLS = "memory.update_batch=20"  # where fewer rows are left of an update, calls that are not filled up with copies
@@ -36,7 +36,7 @@ VARIANTS: dict[str, tuple[tuple[str, ...], dict[str, tuple[str, ...]]]] = {  # b
             "constant rate": ("optimizer.schedule=constant",),
             "no averaged weights": ("ema.decay=null",),
             "steps 0 to 2": ("lever=steps:0:2",),
-            "|b| / sigma equal (PCPO)": ("lever=weights:equal",),
+            "b / sigma equal (PCPO)": ("lever=weights:equal",),
             "weighted by noise (TempFlow)": ("lever=weights:noise",),
             "James-Stein baseline": ("lever=james_stein",),
             "control variate of predicted x_0": ("lever=control",),
@@ -133,7 +133,7 @@ def show(study: ShortRuns) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return carry_out(argv, parser_of("ablation", __doc__, 40_000), recipes(), 2, show, plot)
+    return carry_out(argv, parser_of("ablation", __doc__, 40_000, [0, 1, 2]), recipes(), 2, show, plot)
 
 
 if __name__ == "__main__":

@@ -22,8 +22,8 @@ from pathlib import Path
 
 import numpy as np
 from sample_efficiency import over_seeds
-from short_runs import RATE, ShortRuns, carry_out, parser_of
-from time_to_score import RECIPES, REFERENCE, Recipe
+from short_runs import RATE, ShortRuns, carry_out
+from time_to_score import RECIPES, REFERENCE, Recipe, parser_of
 from time_to_score_tables import COLORS, markdown
 
 K, OWN_RATE = "images_per_prompt", 3e-3
@@ -98,7 +98,7 @@ def plot(study: ShortRuns, path: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = parser_of("sensitivity", __doc__, 25_000)
+    parser = parser_of("sensitivity", __doc__, 25_000, [0, 1, 2])
     cells = [(name, key, value) for key, (_, of) in AXES.items() for name, values in of.items() for value in values]
     recipes = {cell_name(*cell): Recipe(tuple(items_of(*cell))) for cell in cells}
     return carry_out(argv, parser, recipes, 1, lambda study: [table(study, key) for key in AXES], plot)

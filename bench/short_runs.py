@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from time_to_score import EVALUATIONS, Recipe, Run, Study
+from time_to_score_tables import machine_line
 
 from fastloop import cli
 from fastloop.errors import UserError
@@ -44,20 +45,6 @@ class ShortRuns(Study):
         return [[row["scores"]["plain"]["mean"] for row in rows] for rows in runs if rows]
 
 
-def parser_of(name: str, text: str, budget: float) -> argparse.ArgumentParser:
-    """Return a parser of what both scripts take."""
-    parser = cli.Parser(prog=f"bench/{name}.py", description=text, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--base", type=Path, default=Path("configs/shapes_study.yaml"), metavar="RECIPE.yaml")
-    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="overrides for every run")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--budget", type=float, default=budget, help=f"of a run, in forwards (default: {budget:,.0f})")
-    parser.add_argument("--out", type=Path, default=Path(f"runs/{name}"), help="folder of the runs")
-    parser.add_argument("--results", type=Path, help="folder of rows, tables and plot (default: that of the runs)")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, of one thread each")
-    parser.add_argument("--table", action="store_true", help="only what is made of the rows that are there")
-    return parser
-
-
 def carry_out(
     argv: list[str] | None,
     parser: argparse.ArgumentParser,
@@ -69,7 +56,8 @@ def carry_out(
     """Train what is missing, write tables and plot of all that is there, and return an exit status.
 
     Args:
-        parser: as from `parser_of`. times: evaluations of a run. show: writes the tables. plot: draws into a file.
+        parser: as from `time_to_score.parser_of`. times: evaluations of a run. show: writes the tables. plot: draws into
+            a file.
     """
     machine = describe_machine(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     try:
@@ -88,11 +76,10 @@ def carry_out(
     if not any(done):
         return cli.fail(f"no run has finished in {study.file}", 1)
     parts = show(study)
-    parts.append(f"{args.budget:,.0f} forwards a run; mean ± standard error over {len(args.seeds)} seeds.")
+    parts.append(f"{args.budget:,.0f} forwards a run; mean ± standard error over at most {len(args.seeds)} seeds.")
     if unfinished := [f"{run.recipe}, seed {run.seed}" for run, rows in zip(runs, done, strict=True) if not rows]:
         parts.append("Not finished: " + "; ".join(unfinished) + ".")
-    where = ", ".join(str(machine[key]) for key in ("gpu", "system", "cpus") if key in machine)
-    parts.append(f"Machine: {where} CPUs; torch {versions()['torch']}. Each run has one thread.")
+    parts.append(machine_line(machine, versions()))
     text = "\n\n".join(parts)
     stem.with_suffix(".md").write_text(text + "\n")
     plot(study, stem.with_suffix(".png"))

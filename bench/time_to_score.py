@@ -261,24 +261,30 @@ def with_recipes(given: list[list[str]]) -> dict[str, Recipe]:
     return recipes
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = cli.Parser(prog="bench/time_to_score.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+def parser_of(name: str, text: str, budget: float, seeds: list[int]) -> argparse.ArgumentParser:
+    """Return a parser of what all scripts of such studies take, with their own defaults."""
+    parser = cli.Parser(prog=f"bench/{name}.py", description=text, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--base", type=Path, default=Path("configs/shapes_study.yaml"), metavar="RECIPE.yaml")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="overrides for every run")
+    parser.add_argument("--seeds", nargs="+", type=int, default=seeds)
+    parser.add_argument("--budget", type=float, default=budget, help=f"of a run, in forwards (default: {budget:,.0f})")
+    parser.add_argument("--out", type=Path, default=Path(f"runs/{name}"), help="folder of the runs")
+    parser.add_argument("--results", type=Path, help="folder of rows, tables and plot (default: that of the runs)")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, of one thread each")
+    parser.add_argument("--table", action="store_true", help="only the tables and the plot, of the rows that are there")
+    return parser
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = parser_of("time_to_score", __doc__, 1e5, [0, 1, 2, 3, 4])
     parser.add_argument("--recipes", nargs="+", metavar="NAME", help=f"default: all of {', '.join(RECIPES)}")
     parser.add_argument("--recipe", nargs="+", action="append", default=[], metavar=("NAME", "ITEM"))
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
-    parser.add_argument("--budget", type=float, default=1e5, help="of a run, in forwards (default: 100,000)")
     parser.add_argument("--evaluations", type=int, default=8, help="of a run, beside that before training (default: 8)")
     parser.add_argument("--rates", nargs="+", type=float, default=[1.5e-3, 3e-3, 6e-3], help="the grid; one is not searched")
     parser.add_argument("--search-task", choices=list(TASKS), default="mix")
     parser.add_argument("--search-budget", type=float, help="default: half of --budget, or the recipe's own where it is less")
-    parser.add_argument("--out", type=Path, default=Path("runs/time_to_score"), help="folder of the runs")
-    parser.add_argument("--results", type=Path, help="folder of rows, tables and plot (default: that of the runs)")
     parser.add_argument("--peer-python", type=Path, help="of an environment with TRL 0.23.1: adds TRL's trainer")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, of one thread each")
-    parser.add_argument("--table", action="store_true", help="only the tables and the plot, of the rows that are there")
     return parser.parse_args(argv)
 
 

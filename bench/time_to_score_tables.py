@@ -43,9 +43,14 @@ def tables(
         parts += [f"### The search: plain score on {search_task} by learning rate, the chosen in bold", _search(searches)]
     if unfinished:
         parts.append("Not finished, and not in the tables: " + "; ".join(unfinished) + ".")
-    where = ", ".join(str(machine[key]) for key in ("gpu", "system", "cpus") if key in machine)
-    parts.append(f"Machine: {where} CPUs; torch {versions['torch']}. Each run has one thread.")
+    parts.append(machine_line(machine, versions))
     return "\n\n".join(parts)
+
+
+def machine_line(machine: dict, versions: dict[str, str]) -> str:
+    """Say where the runs were."""
+    where = ", ".join(str(machine[key]) for key in ("gpu", "system", "cpus") if key in machine)
+    return f"Machine: {where} CPUs; torch {versions['torch']}. Each run has one thread."
 
 
 def _results(task: str, runs: Runs, evaluation: str) -> list[str]:

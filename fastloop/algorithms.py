@@ -37,7 +37,7 @@ ALGORITHMS = {
     "grpo": Algorithm("group_norm", "clipped", 2, advantage_clamp=5.0),
     # LOOP's advantages on noised final latents, as DiffusionNFT (arXiv 2509.16117) and AWM train: docs/method.md
     "loop_forward": Algorithm("leave_one_out", "forward_process", 1),
-    # the same with what reached a score with the least compute on the bundled model: docs/comparison.md
+    # the same with the settings that learned most from little compute on the bundled model: docs/comparison.md
     "loop_fast": Algorithm("leave_one_out", "forward_process", 1, settings=FAST),
 }
 

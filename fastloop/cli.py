@@ -133,11 +133,8 @@ def _train_on(ranks, args: argparse.Namespace) -> int:
     trainer = Trainer(config, args.resume, ranks, profile)
     if ranks.main:
         print(prompts_line(trainer.prompts.prompts, trainer.eval_prompts))
-        print(
-            "\n".join(
-                caution_lines(trainer.denoiser) + derived_lines(Batches(trainer.config, trainer.steps_trained, ranks.world))
-            )
-        )
+        batches = Batches(trainer.config, trainer.steps_trained, ranks.world)
+        print(*caution_lines(trainer.denoiser), *derived_lines(batches), sep="\n")
         if trainer.compiling:
             print(trainer.compiling)
         if trainer.iteration:

@@ -300,7 +300,8 @@ class Trainer:
         if self.ema and average is not None:
             for name, value in average.items():
                 self.ema.average[name].copy_(value)
-            self.ema.updates = state["ema_updates"]
+            steps = state["iteration"] * self.config.updates_per_rollout
+            self.ema.updates = state.get("ema_updates", steps)  # earlier versions did not count them
         self.iteration, self.images, self.seconds = state["iteration"], state["images"], state["seconds"]
         self.update.skipped = state["skipped"]
         if state["prompt_tracker"] is not None:

@@ -176,7 +176,7 @@ def main() -> int:
         try:
             (there / "fastloop" / "kernels").symlink_to(there / "kernels")  # as the installation maps it
             sys.path.insert(0, str(HERE.parent))
-            from conftest import make_sd, make_sdxl
+            from tiny_pipelines import make_sd, make_sdxl
 
             make_sd(models / "sd"), make_sdxl(models / "sdxl")
             before = in_tree(there, str(models), str(old), "leave", *names)

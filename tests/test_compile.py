@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from compile_counts import Counts, compile_as_traced, forget
-from conftest import make_sd
 from on_ranks import train_all, zero
 from run_files import distance, equal, weights
 from safetensors.torch import load_file
+from tiny_pipelines import make_sd
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -3,39 +3,31 @@
 from __future__ import annotations
 
 import json
-import shutil
-from pathlib import Path
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from diffusers import FluxPipeline
-from known_traces import trace_nothing
-from on_ranks import ON_RANKS, SHARED, train_all, zero
-from run_files import distance, equal, weights
+from flow_runs import FULL, PROMPTS, SEED, SIZE, our_run
+from run_files import equal
 from stock_sdxl import gap, levels, stock
-from test_sdxl import edit_json, load, trainable
+from test_sdxl import load, trainable
 
 from fastloop.cli import main
 from fastloop.config import SamplingConfig
-from fastloop.denoisers import build_skeleton, ready_denoiser
+from fastloop.denoisers import build_skeleton
 from fastloop.errors import UserError
-from fastloop.kernels import reference
 from fastloop.kernels.reference import initial_noise
-from fastloop.memory.traces import LiveBytes, Traced, update_loss
-from fastloop.plan import overview, plan
+from fastloop.plan import overview
 from fastloop.preflight import preflight
 from fastloop.recipes import dump_config
-from fastloop.rollout import rollout, sampler_table
+from fastloop.rollout import sampler_table
 from fastloop.stopping import Stopped
-from fastloop.tracking import read_rows
 from fastloop.trainer import Trainer
 
 CPU = torch.device("cpu")
-SEED, PROMPTS = 5, ["a red circle", "two dogs left of a circle " * 4, ""]
-SIZE = {"height": 16, "width": 16}
 PLAIN = SamplingConfig(steps=4, guidance_scale=1.0, eta=0.0, **SIZE)
-FULL = {"adapter": "full"}
 
 
 def stock_run(pipeline: FluxPipeline, sampling: SamplingConfig, prompts=PROMPTS, **call):
@@ -59,12 +51,6 @@ def stock_run(pipeline: FluxPipeline, sampling: SamplingConfig, prompts=PROMPTS,
     latents, config = pipeline._unpack_latents(packed, sampling.height, sampling.width, 2), pipeline.vae.config
     decoded = pipeline.vae.decode(latents / config.scaling_factor + config.shift_factor).sample.detach()
     return latents, np.stack([np.asarray(image) for image in pipeline.image_processor.postprocess(decoded)]), calls
-
-
-def our_run(denoiser, sampling: SamplingConfig, prompts=PROMPTS):
-    table, ids = sampler_table(denoiser.config, sampling), torch.arange(len(prompts))
-    settings = {"sampling": sampling, "seed": SEED, "batch": 2, "vae_batch": 2, "backend": "reference"}
-    return rollout(denoiser, table, prompts, ids, **settings)
 
 
 # --- conditioning and prediction -----------------------------------------------------------------------------------------
@@ -148,91 +134,12 @@ def test_the_transformer_is_fed_what_stock_feeds_it_bit_for_bit(request, path, d
         assert gap(mine["hidden_states"].float(), theirs["hidden_states"].float()) < {"fp32": 1e-5}.get(dtype, 0.1)
 
 
-# --- whole runs ----------------------------------------------------------------------------------------------------------
+# --- exports -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def make_run(make_config, tiny_flux, tmp_path, no_report):
-    """A function that trains a tiny FLUX in a folder of that name."""
-
-    def make(name: str, resume: bool = False, model: dict | None = None, sampling: dict | None = None, **changes) -> Trainer:
-        small = {
-            "eval": {"every": 9, "prompts": {"source": "animals", "limit": 1}},
-            "checkpoint": {"every": 1, "keep": 9},
-            "memory": {"rollout_batch": 5, "update_batch": 5},
-        }
-        sampling = {"steps": 4, "eta": 0.7, "guidance_scale": 1.0, **SIZE, **(sampling or {})}
-        model = {"path": tiny_flux, "max_sequence_length": 12, **(model or {})}
-        values = small | changes
-        trainer = Trainer(make_config(model=model, sampling=sampling, output_dir=str(tmp_path / name), **values), resume)
-        trainer.train()
-        return trainer
-
-    return make
-
-
-@pytest.mark.parametrize(
-    "model, sampling, changes",
-    [
-        ({}, {"guidance_scale": 2.0}, {"kl": {"weight": 0.1}}),
-        (FULL, {"embedded_guidance": 2.0}, {"kl": {"weight": 0.1}, "ema": {"decay": 0.5}, "optimizer": {"lr": 1e-4}}),
-        ({"dtype": "bf16"}, {"noise": "cps", "eta": 0.5}, {}),
-        ({}, {"noise": "dance", "eta": 0.3}, {}),
-    ],
-    ids=str,
-)
-def test_it_trains_from_a_ratio_of_exactly_1_and_resumes_to_the_same_weights(make_run, model, sampling, changes) -> None:
-    changes = {"model": model, "sampling": sampling, "safety": {"max_ratio_dev": 0}, **changes}
-    one = {"prompts_per_step": 1, "images_per_prompt": 5}  # a rollout is one batch, as large as the first update's
-    whole = make_run("whole", **changes, **one)
-    first = read_rows(whole.folder / "metrics.jsonl")[0]
-    assert first["policy/replay_max_dev"] == first["policy/ratio_first_dev"] == 0 < first["policy/grad_norm"]
-    assert whole.steps_trained.tolist() == [0, 1, 2]
-    start, end = weights(whole.folder, 0), weights(whole.folder, 2)
-    assert all((start[name] != end[name]).any() for name in start if "lora_B" in name or "proj_out" in name)
-    make_run("broken", iterations=1, **changes, **one)
-    broken = make_run("broken", resume=True, **changes, **one)
-    assert equal(weights(broken.folder, 2), end)
-
-
-@pytest.mark.timeout(600)
-def test_two_ranks_equal_one_and_deepspeed_equals_torch(make_run, tiny_flux, tmp_path) -> None:
-    model = {"path": tiny_flux, "max_sequence_length": 12, "lora": {"rank": 2}}
-    base = {**ON_RANKS, "sampling": {"steps": 3, "eta": 0.7, "guidance_scale": 1.0, **SIZE}, "model": model}
-    runs = [("lora", base | zero(2)), ("full", {**base, **zero(3), "model": {**model, **FULL}})]
-    train_all(tmp_path, 2, [{**values, "output_dir": str(tmp_path / name)} for name, values in runs])
-    for name, values in runs:
-        same = {key: values[key] for key in SHARED}
-        wanted = make_run(f"torch-{name}", model={"lora": {"rank": 2}, "adapter": name}, **same).folder
-        start = weights(wanted, 0)
-        assert equal(weights(tmp_path / name, 0), start)
-        assert distance(weights(tmp_path / name), weights(wanted), start) < 1e-3
-        assert read_rows(tmp_path / name / "metrics.jsonl")[0]["policy/replay_max_dev"] == 0
-
-
-def test_the_forward_process_trains_it_without_stored_steps(make_run) -> None:
-    trainer = make_run("run", algorithm="loop_forward", sampling={"eta": 0.0})
-    rows = read_rows(trainer.folder / "metrics.jsonl")
-    assert all(row["policy/denoising_loss_better"] > 0 < row["policy/grad_norm"] for row in rows)
-
-
-def test_every_adapter_has_a_gradient_also_with_checkpointing(tiny_flux) -> None:
-    gradients = []
-    for checkpointing in (False, True):
-        denoiser = load(tiny_flux, lora={"rank": 2}, max_sequence_length=12)
-        denoiser.train_adapter(checkpointing, 0)
-        for name, p in denoiser.trainable().items():
-            p.data += 0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(len(name)))
-        cond, _ = denoiser.encode(PROMPTS, PLAIN)
-        x, t = initial_noise(0, torch.arange(3), (16, 8, 8)), torch.tensor([960.1, 500.0, 8.9])
-        denoiser.predict(x, t, cond, None)[0].square().mean().backward()
-        gradients.append({name: p.grad for name, p in denoiser.trainable().items()})
-    assert all(g is not None and g.abs().max() > 0 for g in gradients[0].values())
-    assert equal(*gradients)
-    assert len(gradients[0]) == 2 * (2 * 8 + 2 * 3)  # single blocks have queries, keys and values of all tokens together
-
-
-# --- exports -------------------------------------------------------------------------------------------------------------
+def make_run(make_flow_run, tiny_flux):
+    return partial(make_flow_run, tiny_flux, 12)
 
 
 @pytest.mark.parametrize(
@@ -260,22 +167,6 @@ def test_an_export_gives_the_same_pictures_in_stock_diffusers(make_run, request,
 # --- the plan, what is refused -------------------------------------------------------------------------------------------
 
 
-def test_the_plan_counts_all_parts_and_what_a_real_forward_keeps(make_config, tiny_flux, monkeypatch) -> None:
-    model = {"path": tiny_flux, "max_sequence_length": 12}
-    config = make_config(model=model, sampling={"eta": 0.7, "guidance_scale": 1.0, **SIZE})
-    denoiser = load(tiny_flux)
-    with monkeypatch.context() as patch:
-        trace_nothing(patch)
-        rows = [line.split() for line in plan(config)]
-    for name in ("transformer", "text_encoder", "text_encoder_2"):
-        assert [*name.split("_"), f"{sum(p.numel() for p in denoiser.parts[name].parameters()):,}"] in rows
-    denoiser = ready_denoiser(config, CPU, trained=True)
-    with LiveBytes() as live:
-        update_loss(denoiser, config, reference, 3).backward()
-    traced = Traced(config, preflight(config).skeleton, accumulates=False, on_gpu=False)
-    assert traced.update.peak(3) == pytest.approx(live.peak, rel=0.05)
-
-
 def test_schnell_is_warned_of_in_plan_and_at_the_start_and_dev_is_not(
     make_config, tiny_flux, tiny_schnell, tmp_path, monkeypatch, capsys
 ) -> None:
@@ -297,33 +188,17 @@ def test_schnell_is_warned_of_in_plan_and_at_the_start_and_dev_is_not(
     assert warned[tiny_schnell][0].startswith("warning      this is FLUX.1 schnell, distilled to 1 to 4 steps without noise")
 
 
-@pytest.mark.parametrize(
-    "path, changes, says",
-    [
-        ("tiny_flux", {"model": {"lora": {"text_encoders": True}}}, "model.lora.text_encoders: those of this model are not"),
-        ("tiny_flux", {"model": {"attention": "xformers"}}, "model.attention: "),
-        ("tiny_flux", {"memory": {"gradient_checkpointing": ["transformer_blocks.0"]}}, "memory.gradient_checkpointing: "),
-        ("tiny_flux", {"sampling": {"width": 18}}, "sampling.width: 18 is not a multiple of 4 pixels"),
-        ("tiny_flux", {"sampling": {"target_size": [8, 8]}}, "sampling.target_size: only SDXL is told of picture sizes"),
-        ("tiny_flux", {"sampling": {"noise": "ddim"}}, "sampling.noise=ddim: this model is a flow; set it to sde, dance, cps"),
-        ("tiny_flux", {"sampling": {"steps": 1}}, "sampling.steps: none of 1 steps can be trained"),
-        (
-            "tiny_schnell",
-            {"sampling": {"embedded_guidance": 3.5}},
-            "^sampling.embedded_guidance: .* only FLUX.1 dev is: leave",
-        ),
-        ("tiny_sd3", {"sampling": {"embedded_guidance": 3.5}}, "^sampling.embedded_guidance: .* only FLUX.1 dev is: leave it"),
-        ("tiny_sd", {"sampling": {"embedded_guidance": 3.5}}, "^sampling.embedded_guidance: .* only FLUX.1 dev is: leave it"),
-        ("tiny_schnell", {"model": {"max_sequence_length": 257}}, "max_sequence_length: 257, but FLUX.1 schnell takes 256"),
-    ],
-    ids=str,
-)
-def test_what_does_not_fit_is_refused_in_one_line_before_the_model_loads(request, make_config, path, changes, says) -> None:
-    model = {"path": request.getfixturevalue(path), **changes.get("model", {})}
-    sampling = {"eta": 0.7, "guidance_scale": 1.0, **SIZE, **changes.get("sampling", {})}
-    with pytest.raises(UserError, match=says) as caught:
-        preflight(make_config(**{**changes, "model": model, "sampling": sampling}))
-    assert "\n" not in str(caught.value)
+@pytest.mark.parametrize("path", ["tiny_schnell", "tiny_sd3", "tiny_klein", "tiny_sd"])
+def test_a_guidance_to_be_told_is_refused_by_all_but_dev(request, make_config, path) -> None:
+    sampling = {"embedded_guidance": 3.5, "guidance_scale": 1.0}
+    with pytest.raises(UserError, match="^sampling.embedded_guidance: .* only FLUX.1 dev is: leave it out"):
+        preflight(make_config(model={"path": request.getfixturevalue(path)}, sampling=sampling))
+
+
+def test_a_text_longer_than_schnells_is_refused(make_config, tiny_schnell) -> None:
+    model = {"path": tiny_schnell, "max_sequence_length": 257}
+    with pytest.raises(UserError, match="max_sequence_length: 257, but FLUX.1 schnell takes 256"):
+        preflight(make_config(model=model, sampling={"guidance_scale": 1.0}))
 
 
 def test_guidance_is_chosen_in_the_file_since_sd_s_default_would_be_another_picture(make_config, tiny_flux, tiny_sd3) -> None:
@@ -362,12 +237,8 @@ def test_guidance_is_chosen_in_the_file_since_sd_s_default_would_be_another_pict
         ("scheduler", {"use_exponential_sigmas": True}, "scheduler use_exponential_sigmas=true: "),
     ],
 )
-def test_parts_that_do_not_fit_are_refused(make_config, tiny_flux, tmp_path, part, values, says) -> None:
-    folder = Path(shutil.copytree(tiny_flux, tmp_path / "copy"))
-    edit_json(folder / part / ("scheduler_config.json" if part == "scheduler" else "config.json"), **values)
-    with pytest.raises(UserError) as caught:
-        preflight(make_config(model={"path": str(folder)}))
-    assert says.replace("FOLDER", str(folder)) in str(caught.value) and "\n" not in str(caught.value)
+def test_parts_that_do_not_fit_are_refused(refuses_parts, tiny_flux, part, values, says) -> None:
+    refuses_parts(tiny_flux, part, values, says)
 
 
 def test_the_skeleton_has_the_parts_and_embeddings_that_the_files_have(tiny_flux, tiny_schnell) -> None:

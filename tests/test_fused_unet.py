@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import make_unet, make_vae
 from diffusers import Transformer2DModel, UNet2DConditionModel
 from diffusers.models.activations import GEGLU
 from diffusers.models.resnet import ResnetBlock2D
 from step_cases import pairwise
+from tiny_pipelines import make_unet, make_vae
 from torch.utils.checkpoint import checkpoint
 
 from fastloop.denoisers import build_skeleton, ready_denoiser

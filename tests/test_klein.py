@@ -4,36 +4,28 @@ from __future__ import annotations
 
 import json
 import shutil
-from pathlib import Path
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from conftest import make_klein
 from diffusers import Flux2KleinPipeline
-from known_traces import trace_nothing
-from on_ranks import ON_RANKS, SHARED, train_all, zero
-from run_files import distance, equal, weights
+from flow_runs import FULL, PROMPTS, SEED, SIZE, our_run
+from run_files import equal
 from stock_sdxl import gap, levels, stock
-from test_sdxl import edit_json, load, trainable
+from test_sdxl import load, trainable
+from tiny_pipelines import make_klein
 
 from fastloop.config import ModelConfig, SamplingConfig
-from fastloop.denoisers import build_skeleton, load_denoiser, ready_denoiser
+from fastloop.denoisers import build_skeleton, load_denoiser
 from fastloop.errors import UserError
-from fastloop.kernels import reference
 from fastloop.kernels.reference import initial_noise
-from fastloop.memory.traces import LiveBytes, Traced, update_loss
-from fastloop.plan import overview, plan
+from fastloop.plan import overview
 from fastloop.preflight import preflight
-from fastloop.rollout import rollout, sampler_table
-from fastloop.tracking import read_rows
-from fastloop.trainer import Trainer
+from fastloop.rollout import sampler_table
 
 CPU = torch.device("cpu")
-SEED, PROMPTS = 5, ["a red circle", "two dogs left of a circle " * 4, ""]
-SIZE = {"height": 16, "width": 16}
 GUIDED = SamplingConfig(steps=4, guidance_scale=3.0, eta=0.0, **SIZE)
-FULL = {"adapter": "full"}
 
 
 def stock_run(pipeline: Flux2KleinPipeline, sampling: SamplingConfig, prompts=PROMPTS, **call):
@@ -53,12 +45,6 @@ def stock_run(pipeline: Flux2KleinPipeline, sampling: SamplingConfig, prompts=PR
     hook.remove()
     decoded = pipeline.vae.decode(latents).sample.detach()
     return latents, np.stack([np.asarray(image) for image in pipeline.image_processor.postprocess(decoded)]), calls
-
-
-def our_run(denoiser, sampling: SamplingConfig, prompts=PROMPTS):
-    table, ids = sampler_table(denoiser.config, sampling), torch.arange(len(prompts))
-    settings = {"sampling": sampling, "seed": SEED, "batch": 2, "vae_batch": 2, "backend": "reference"}
-    return rollout(denoiser, table, prompts, ids, **settings)
 
 
 # --- conditioning and prediction -----------------------------------------------------------------------------------------
@@ -127,91 +113,12 @@ def test_the_transformer_is_fed_what_stock_feeds_it_bit_for_bit(tiny_klein, dtyp
         assert gap(mine["hidden_states"].float(), theirs["hidden_states"].float()) < {"fp32": 1e-5}.get(dtype, 0.1)
 
 
-# --- whole runs ----------------------------------------------------------------------------------------------------------
+# --- exports -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def make_run(make_config, tiny_klein, tmp_path, no_report):
-    """A function that trains a tiny klein in a folder of that name."""
-
-    def make(name: str, resume: bool = False, model: dict | None = None, sampling: dict | None = None, **changes) -> Trainer:
-        small = {
-            "eval": {"every": 9, "prompts": {"source": "animals", "limit": 1}},
-            "checkpoint": {"every": 1, "keep": 9},
-            "memory": {"rollout_batch": 5, "update_batch": 5},
-        }
-        sampling = {"steps": 4, "eta": 0.7, "guidance_scale": 1.0, **SIZE, **(sampling or {})}
-        model = {"path": tiny_klein, "max_sequence_length": 40, **(model or {})}
-        values = small | changes
-        trainer = Trainer(make_config(model=model, sampling=sampling, output_dir=str(tmp_path / name), **values), resume)
-        trainer.train()
-        return trainer
-
-    return make
-
-
-@pytest.mark.parametrize(
-    "model, sampling, changes",
-    [
-        ({}, {"guidance_scale": 2.0}, {"kl": {"weight": 0.1}}),
-        (FULL, {"guidance_scale": 1.0}, {"kl": {"weight": 0.1}, "ema": {"decay": 0.5}, "optimizer": {"lr": 1e-4}}),
-        ({"dtype": "bf16"}, {"noise": "cps", "eta": 0.5}, {}),
-        ({}, {"noise": "dance", "eta": 0.3}, {}),
-    ],
-    ids=str,
-)
-def test_it_trains_from_a_ratio_of_exactly_1_and_resumes_to_the_same_weights(make_run, model, sampling, changes) -> None:
-    changes = {"model": model, "sampling": sampling, "safety": {"max_ratio_dev": 0}, **changes}
-    one = {"prompts_per_step": 1, "images_per_prompt": 5}  # a rollout is one batch, as large as the first update's
-    whole = make_run("whole", **changes, **one)
-    first = read_rows(whole.folder / "metrics.jsonl")[0]
-    assert first["policy/replay_max_dev"] == first["policy/ratio_first_dev"] == 0 < first["policy/grad_norm"]
-    assert whole.steps_trained.tolist() == [0, 1, 2]
-    start, end = weights(whole.folder, 0), weights(whole.folder, 2)
-    assert all((start[name] != end[name]).any() for name in start if "lora_B" in name or "proj_out" in name)
-    make_run("broken", iterations=1, **changes, **one)
-    broken = make_run("broken", resume=True, **changes, **one)
-    assert equal(weights(broken.folder, 2), end)
-
-
-@pytest.mark.timeout(600)
-def test_two_ranks_equal_one_and_deepspeed_equals_torch(make_run, tiny_klein, tmp_path) -> None:
-    model = {"path": tiny_klein, "max_sequence_length": 40, "lora": {"rank": 2}}
-    base = {**ON_RANKS, "sampling": {"steps": 3, "eta": 0.7, "guidance_scale": 1.0, **SIZE}, "model": model}
-    runs = [("lora", base | zero(2)), ("full", {**base, **zero(3), "model": {**model, **FULL}})]
-    train_all(tmp_path, 2, [{**values, "output_dir": str(tmp_path / name)} for name, values in runs])
-    for name, values in runs:
-        same = {key: values[key] for key in SHARED}
-        wanted = make_run(f"torch-{name}", model={"lora": {"rank": 2}, "adapter": name}, **same).folder
-        start = weights(wanted, 0)
-        assert equal(weights(tmp_path / name, 0), start)
-        assert distance(weights(tmp_path / name), weights(wanted), start) < 1e-3
-        assert read_rows(tmp_path / name / "metrics.jsonl")[0]["policy/replay_max_dev"] == 0
-
-
-def test_the_forward_process_trains_it_without_stored_steps(make_run) -> None:
-    trainer = make_run("run", algorithm="loop_forward", sampling={"eta": 0.0})
-    rows = read_rows(trainer.folder / "metrics.jsonl")
-    assert all(row["policy/denoising_loss_better"] > 0 < row["policy/grad_norm"] for row in rows)
-
-
-def test_every_adapter_has_a_gradient_also_with_checkpointing(tiny_klein) -> None:
-    gradients = []
-    for checkpointing in (False, True):
-        denoiser = load(tiny_klein, lora={"rank": 2}, max_sequence_length=40)
-        denoiser.train_adapter(checkpointing, 0)
-        for name, p in denoiser.trainable().items():
-            p.data += 0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(len(name)))
-        cond, _ = denoiser.encode(PROMPTS, SamplingConfig(guidance_scale=1.0))
-        x, t = initial_noise(0, torch.arange(3), (32, 4, 4)), torch.tensor([960.1, 500.0, 8.9])
-        denoiser.predict(x, t, cond, None)[0].square().mean().backward()
-        gradients.append({name: p.grad for name, p in denoiser.trainable().items()})
-    assert all(g is not None and g.abs().max() > 0 for g in gradients[0].values())
-    assert equal(*gradients)
-    assert len(gradients[0]) == 2 * (2 * 8 + 2 * 2)  # single blocks have one projection in and one out
-
-
-# --- exports -------------------------------------------------------------------------------------------------------------
+def make_run(make_flow_run, tiny_klein):
+    return partial(make_flow_run, tiny_klein, 40)
 
 
 @pytest.mark.parametrize("model", [{}, FULL], ids=str)
@@ -249,21 +156,6 @@ def test_a_model_without_files_has_a_tokenizer_too_and_its_export_loads(tiny_kle
 # --- the plan, what is refused -------------------------------------------------------------------------------------------
 
 
-def test_the_plan_counts_all_parts_and_what_a_real_forward_keeps(make_config, tiny_klein, monkeypatch) -> None:
-    config = make_config(model={"path": tiny_klein, "max_sequence_length": 40}, sampling={"eta": 0.7, **SIZE})
-    denoiser = load(tiny_klein)
-    with monkeypatch.context() as patch:
-        trace_nothing(patch)
-        rows = [line.split() for line in plan(config)]
-    for name in ("transformer", "text_encoder", "vae"):
-        assert [*name.split("_"), f"{sum(p.numel() for p in denoiser.parts[name].parameters()):,}"] in rows
-    denoiser = ready_denoiser(config, CPU, trained=True)
-    with LiveBytes() as live:
-        update_loss(denoiser, config, reference, 3).backward()
-    traced = Traced(config, preflight(config).skeleton, accumulates=False, on_gpu=False)
-    assert traced.update.peak(3) == pytest.approx(live.peak, rel=0.05)
-
-
 def test_a_distilled_klein_is_warned_of_and_not_guided_and_base_is_neither(make_config, tiny_klein, tmp_path) -> None:
     distilled = make_klein(tmp_path / "distilled", distilled=True)
     for path in (tiny_klein, distilled):
@@ -275,24 +167,6 @@ def test_a_distilled_klein_is_warned_of_and_not_guided_and_base_is_neither(make_
         UserError, match="^sampling.guidance_scale: this klein is distilled, and stock draws it without guidan"
     ):
         preflight(make_config(model={"path": distilled}))
-
-
-@pytest.mark.parametrize(
-    "changes, says",
-    [
-        ({"model": {"lora": {"text_encoders": True}}}, "model.lora.text_encoders: those of this model are not trained"),
-        ({"model": {"attention": "xformers"}}, "model.attention: "),
-        ({"sampling": {"width": 18}}, "sampling.width: 18 is not a multiple of 4 pixels"),
-        ({"sampling": {"noise": "ddim"}}, "sampling.noise=ddim: this model is a flow; set it to sde, dance, cps, or to null"),
-        ({"sampling": {"embedded_guidance": 3.5}}, "^sampling.embedded_guidance: .* only FLUX.1 dev is: leave it out"),
-    ],
-    ids=str,
-)
-def test_what_does_not_fit_is_refused_in_one_line_before_the_model_loads(make_config, tiny_klein, changes, says) -> None:
-    changes = {**changes, "model": {"path": tiny_klein, **changes.get("model", {})}}
-    with pytest.raises(UserError, match=says) as caught:
-        preflight(make_config(**changes))
-    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -312,12 +186,8 @@ def test_what_does_not_fit_is_refused_in_one_line_before_the_model_loads(make_co
         ("scheduler", {"use_karras_sigmas": True}, "scheduler use_karras_sigmas=true: "),
     ],
 )
-def test_parts_that_do_not_fit_are_refused(make_config, tiny_klein, tmp_path, part, values, says) -> None:
-    folder = Path(shutil.copytree(tiny_klein, tmp_path / "copy"))
-    edit_json(folder / part / ("scheduler_config.json" if part == "scheduler" else "config.json"), **values)
-    with pytest.raises(UserError) as caught:
-        preflight(make_config(model={"path": str(folder)}))
-    assert says.replace("FOLDER", str(folder)) in str(caught.value) and "\n" not in str(caught.value)
+def test_parts_that_do_not_fit_are_refused(refuses_parts, tiny_klein, part, values, says) -> None:
+    refuses_parts(tiny_klein, part, values, says)
 
 
 def test_the_skeleton_has_the_parts_and_embeddings_that_the_files_have(tiny_klein) -> None:

@@ -396,7 +396,7 @@ def test_long_prompt_is_cut_to_the_text_encoders_length(tiny_sd, copy) -> None:
 def test_more_prompts_than_the_cache_holds_are_all_encoded(tiny_sd, monkeypatch) -> None:
     prompts = ["a red circle", "a dog", "a cat", "a horse", "a dog"]
     expected = load(tiny_sd).encode(prompts, GUIDED)
-    monkeypatch.setattr("fastloop.denoisers.base.CACHE_BYTES", 2 * 16 * 16 * 4)
+    monkeypatch.setattr("fastloop.denoisers.texts.CACHE_BYTES", 2 * 16 * 16 * 4)
     denoiser = load(tiny_sd)
     for _ in range(2):
         for ours, theirs in zip(denoiser.encode(prompts, GUIDED), expected, strict=True):
@@ -405,7 +405,7 @@ def test_more_prompts_than_the_cache_holds_are_all_encoded(tiny_sd, monkeypatch)
 
 
 def test_full_cache_does_not_lose_a_prompt_of_the_same_call(tiny_sd, monkeypatch) -> None:
-    monkeypatch.setattr("fastloop.denoisers.base.CACHE_BYTES", 2 * 16 * 16 * 4)
+    monkeypatch.setattr("fastloop.denoisers.texts.CACHE_BYTES", 2 * 16 * 16 * 4)
     denoiser = load(tiny_sd)
     without = SamplingConfig(guidance_scale=1.0)
     first, _ = denoiser.encode(["a dog", "a cat"], without)

@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import make_sdxl
 from diffusers import AutoencoderKL
 from known_traces import trace_nothing
 from on_ranks import FEW, ON_RANKS, SHARED, train_all, zero
 from run_files import distance, equal, weights
 from safetensors.torch import load_file, save_file
 from stock_sdxl import PROMPTS, gap, levels, our_run, pictures, stock, stock_run
+from tiny_pipelines import make_sdxl
 
 from fastloop.config import ModelConfig, SamplingConfig
 from fastloop.denoisers import build_skeleton, load_denoiser, ready_denoiser

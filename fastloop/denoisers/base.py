@@ -21,15 +21,15 @@ from fastloop.denoisers.export import Export
 from fastloop.denoisers.files import read_json
 from fastloop.denoisers.parts import DTYPES, build_part, maker, random_part, read_part, read_tokenizer
 from fastloop.denoisers.quantised import quantise_parts
-from fastloop.denoisers.residence import Residence, upload
+from fastloop.denoisers.residence import Residence
+from fastloop.denoisers.texts import TextEncoding
 from fastloop.errors import RunFailed, UserError
 from fastloop.observer import UNOBSERVED
 
-CACHE_BYTES = 8 * 2**30  # of embeddings that are kept, in the host's memory
 MOST_COMPILED = 128  # graphs of one piece of code
 
 
-class Denoiser(Adapters, Residence, Export):
+class Denoiser(TextEncoding, Adapters, Residence, Export):
     """Network, VAE and text encoders behind `encode`, `predict` and `decode`.
 
     The network, which denoises, is what is trained, and with ``model.lora.text_encoders`` the text encoders.
@@ -269,59 +269,7 @@ class Denoiser(Adapters, Residence, Export):
         for module in self.network.modules():
             module._compiled_call_impl = None
 
-    # --- texts and predictions -------------------------------------------------------------------------------------------
-
-    def encode(self, prompts: list[str], sampling: SamplingConfig):
-        """Return the conditioning of n prompts and, where guidance is on, of the negative prompt; each text is encoded once.
-
-        Where text encoders are trained: once a call, with gradients where they are on. Else once and for all.
-        """
-        with self.observer.phase("encode"):
-            return self._encode(prompts, sampling)
-
-    def _encode(self, prompts: list[str], sampling: SamplingConfig):
-        texts = [*prompts, sampling.negative_prompt or None] if sampling.guidance_scale != 1 else prompts
-        distinct = dict.fromkeys(texts)
-        known = self._embeddings  # of trained text encoders none
-        for text in filter(known.__contains__, distinct):
-            known[text] = known.pop(text)  # the last ones used stay longest
-        found = {text: tuple(upload(tensor, self.device) for tensor in known[text]) for text in distinct if text in known}
-        if len(found) < len(distinct):
-            with self._present(*self.text_encoders.values()), nullcontext() if self.trains_text else torch.no_grad():
-                # One text at a time: the result must not depend on which prompts came along.
-                new = {text: self._embedding(text) for text in distinct if text not in found}
-            found |= new
-            if not self.trains_text:
-                self._keep(new)
-        cond = self.condition([found[prompt] for prompt in prompts], sampling)
-        if len(texts) == len(prompts):
-            return cond, None
-        return cond, self.condition([found[texts[-1]]] * len(prompts), sampling)
-
-    def _keep(self, new: dict[str | None, tuple[torch.Tensor, ...]]) -> None:
-        """Keeps embeddings in the host's memory, as many as there is room for; those used last stay."""
-        for text, embedding in new.items():
-            self._embeddings[text] = tuple(t.cpu() for t in embedding) if self.device.type == "cuda" else embedding
-        most = CACHE_BYTES // sum(tensor.nbytes for tensor in embedding)
-        while len(self._embeddings) > most:
-            del self._embeddings[next(iter(self._embeddings))]
-
-    def _embedding(self, text: str | None) -> tuple[torch.Tensor, ...]:
-        """Of one text; ``None`` is the absent negative prompt."""
-        if text is None and self.absent_is_zero:
-            return tuple(torch.zeros_like(tensor) for tensor in self.blank_embedding())
-        return self.embed([self.tokens(name, text or "") for name in self.tokenizers])
-
-    def text_length(self, encoder: str) -> int:
-        """Return the tokens that a text encoder takes."""
-        return self.text_encoders[encoder].config.max_position_embeddings
-
-    def tokens(self, name: str, text: str) -> torch.Tensor:
-        """Return the ids that a tokenizer makes of a text, int64 (1, L), padded or cut to what its text encoder takes."""
-        tokenizer = self.tokenizers[name]
-        length = min(tokenizer.model_max_length, self.text_length(name.replace("tokenizer", "text_encoder")))
-        ids = tokenizer(text, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
-        return upload(ids, self.device)
+    # --- predictions -----------------------------------------------------------------------------------------------------
 
     def predict(
         self, latents: torch.Tensor, timesteps: torch.Tensor, cond, uncond, full: int = 0

@@ -9,8 +9,8 @@ import torch
 
 from fastloop.batches import Batches, evaluation_batch
 from fastloop.config import Config
-from fastloop.denoisers.base import CACHE_BYTES
 from fastloop.denoisers.parts import part_title
+from fastloop.denoisers.texts import CACHE_BYTES
 from fastloop.engines.deepspeed import BUCKET
 from fastloop.memory.traces import Traced, size_of
 from fastloop.objectives import OBJECTIVES
