@@ -7,6 +7,7 @@ together, in the order of its steps.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -41,7 +42,8 @@ def trained_steps(table: TransitionTable, config: Config) -> torch.Tensor:
         if last > known:
             raise UserError(f"forward.window: ends at {last}, the model's timesteps at {known}: lower it")
     if len(steps) == 0:
-        raise UserError(f"sampling.steps: none of {len(table)} steps can be trained: raise it or lower last_steps.drop")
+        window = "" if config.sampling.noise_steps is None else ", or widen sampling.noise_steps"
+        raise UserError(f"sampling.steps: none of {len(table)} steps can be trained: raise it or lower last_steps.drop{window}")
     pairs = config.passes_per_rollout * Batches(config, steps).rows
     if config.updates_per_rollout > pairs:
         raise UserError(
@@ -160,12 +162,15 @@ class Batches:
         return self.config.sampling.steps * calls[0] * rollout + 3 * self.config.updates_per_rollout * calls[1] * update
 
 
-def evaluation_batch(config: Config, most: int) -> int:
+def evaluation_batch(config: Config, denoiser, most: int) -> int:
     """Return the trajectories per call of the network in evaluations, where rollouts may have so many at most.
 
-    As many, but half where only evaluations are guided: the network then has as many rows in both.
+    As many, but fewer where only evaluations are guided or their pictures are larger: half, or by the latents' size.
     """
-    return min(most, max(1, most * config.sampling.branches // config.eval_sampling.branches))
+    training, own = (
+        of.branches * math.prod(denoiser.latent_shape(of.height, of.width)) for of in (config.sampling, config.eval_sampling)
+    )
+    return min(most, max(1, most * training // own))
 
 
 def evened(rows: int, most: int) -> int:

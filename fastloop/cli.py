@@ -134,7 +134,7 @@ def _train_on(ranks, args: argparse.Namespace) -> int:
     if ranks.main:
         print(prompts_line(trainer.prompts.prompts, trainer.eval_prompts))
         batches = Batches(trainer.config, trainer.steps_trained, ranks.world)
-        print(*caution_lines(trainer.denoiser), *derived_lines(batches), sep="\n")
+        print(*caution_lines(trainer.denoiser), *derived_lines(batches, trainer.denoiser), sep="\n")
         if trainer.compiling:
             print(trainer.compiling)
         if trainer.iteration:
@@ -190,14 +190,15 @@ def _sample(args: argparse.Namespace) -> int:
     table = sampler_table(config.model, config.eval_sampling)
     _probe("--out", args.out, make=True)
     prompts = [prompt for prompt in args.prompt for _ in range(args.images)]
+    denoiser = load()
     sampled = rollout(
-        load(),
+        denoiser,
         table,
         prompts,
         torch.arange(len(prompts)),
         sampling=config.eval_sampling,
         seed=EVAL_STREAM | args.seed,
-        batch=evaluation_batch(config, config.memory.rollout_batch),
+        batch=evaluation_batch(config, denoiser, config.memory.rollout_batch),
         vae_batch=config.memory.vae_batch,
         backend=config.kernels,
         keep="none",
@@ -228,7 +229,7 @@ def _eval(args: argparse.Namespace) -> int:
     config, load = open_model(args.config, args.overrides)
     prompts = load_prompts(config.eval.prompts, "eval.prompts")
     sampler_table(config.model, config.eval_sampling)  # refuses what it must before the model loads
-    size = build_skeleton(config.model).image_size(config.sampling)
+    size = build_skeleton(config.model).image_size(config.eval_sampling)
     own = config.eval.rewards
     rewards = Rewards(own or config.rewards, prompts, size, "eval.rewards" if own else "rewards")
     rewards.start()

@@ -103,7 +103,7 @@ def evaluate(
         leave=leave,
         sampling=sampling,
         seed=EVAL_STREAM | config.eval.seed,
-        batch=min(evaluation_batch(config, config.memory.rollout_batch), share),
+        batch=min(evaluation_batch(config, denoiser, config.memory.rollout_batch), share),
         fill=denoiser.compiled,
         vae_batch=config.memory.vae_batch,
         backend=config.kernels,

@@ -52,7 +52,7 @@ def overview(checked: Checked, ranks: int = 1) -> list[str]:
         f"model        {name}, {config.model.adapter}, {config.model.dtype}, {_held_text(config)}{width} x {height} pixels",
         *caution_lines(checked.skeleton),
         prompts_line(checked.prompts, checked.eval_prompts),
-        *derived_lines(checked.batches(ranks)),
+        *derived_lines(checked.batches(ranks), checked.skeleton),
     ]
 
 
@@ -65,7 +65,7 @@ def _held_text(config: Config) -> str:
     return f"frozen weights in {config.model.base_precision}, " if config.model.base_precision else ""
 
 
-def derived_lines(batches: Batches) -> list[str]:
+def derived_lines(batches: Batches, denoiser: Denoiser) -> list[str]:
     """Write lines about the arithmetic of an iteration, as the trainer runs it."""
     config, n, kept, micro = batches.config, batches.config.images_per_rollout, batches.kept, batches.micro_batches
     rollout_forwards = config.sampling.branches * config.sampling.steps
@@ -73,12 +73,13 @@ def derived_lines(batches: Batches) -> list[str]:
     of_each = f"{kept} of {len(batches.steps)} trainable steps"
     if not OBJECTIVES[config.objective].stored_steps:
         of_each = f"{kept} noise levels in timesteps {config.forward.window[0]} to {config.forward.window[1]}"
+    window = "" if config.sampling.noise_steps is None else ", noise in {} to {} of them".format(*config.sampling.noise_steps)
     return [
         f"algorithm    {config.algorithm}: advantage {config.advantage}, objective {config.objective}",
         *_settings_line(config),
         *([f"engine       {_engine_text(config)}"] if config.engine.name == "deepspeed" else []),
         f"rollout      {config.prompts_per_step} prompts x {config.images_per_prompt} images = {n} trajectories of "
-        f"{config.sampling.steps} steps, {batches.rollout} at a time"
+        f"{config.sampling.steps} steps{window}, {batches.rollout} at a time"
         f"{_copies(batches.share, batches.rollout)}",
         f"pairs        {n} trajectories x {of_each} = {batches.rows} a pass, "
         f"{config.passes_per_rollout} pass{'es' if config.passes_per_rollout > 1 else ''}",
@@ -87,7 +88,7 @@ def derived_lines(batches: Batches) -> list[str]:
         f"{micro} micro-batch{'es' if micro > 1 else ''} of {batches.update}{_copies(batches.rows_of_rank, batches.update)}",
         f"work         per image: {rollout_forwards} forwards in the rollout, {update_forwards} forwards and backwards "
         f"in the updates",
-        *_evaluation_line(config),
+        *_evaluation_line(config, denoiser),
         f"in all       {config.iterations} iterations, {config.iterations * n:,} images, "
         f"{config.iterations * config.updates_per_rollout:,} optimizer steps",
     ]
@@ -105,15 +106,17 @@ def _settings_line(config: Config) -> list[str]:
     return [f"             and, as the recipe leaves them to it, {', '.join(left)}"] if left else []
 
 
-def _evaluation_line(config: Config) -> list[str]:
+def _evaluation_line(config: Config, denoiser: Denoiser) -> list[str]:
     """Say how evaluations sample, where training samples otherwise."""
     own = config.eval_sampling
     if own == config.sampling:
         return []
     guidance = "no guidance" if own.branches == 1 else f"guidance {own.guidance_scale:g}"
     negative = f", negative prompt {own.negative_prompt!r}" if own.branches == 2 and own.negative_prompt else ""
-    batch = evaluation_batch(config, config.memory.rollout_batch)
-    return [f"evaluation   {own.steps} steps, eta {own.eta:g}, {guidance}{negative}, {batch} at a time"]
+    (height, width), training = denoiser.image_size(own), denoiser.image_size(config.sampling)
+    size = "" if (height, width) == training else f", {width} x {height} pixels"
+    batch = evaluation_batch(config, denoiser, config.memory.rollout_batch)
+    return [f"evaluation   {own.steps} steps, eta {own.eta:g}, {guidance}{negative}{size}, {batch} at a time"]
 
 
 def _copies(rows: int, size: int) -> str:

@@ -109,13 +109,17 @@ def preflight(config: Config, ranks: Ranks = ALONE, resume: bool = False, gpu: b
     prompts = load_prompts(config.prompts)
     eval_prompts = load_prompts(config.eval.prompts, "eval.prompts")
     table = sampler_table(config.model, config.sampling)
-    sampler_table(config.model, config.eval_sampling)
     steps_trained = trained_steps(table, config)
     earlier = _earlier(config, ranks) if resume else None
     if config.model.compile == "auto" and earlier and earlier.model.compile != "auto":
         config = with_compile(config, earlier.model.compile if compile_problem(config, device) is None else False)
     skeleton = build_skeleton(config.model)
     size = skeleton.image_size(config.sampling)
+    try:
+        sampler_table(config.model, config.eval_sampling)
+        eval_size = skeleton.image_size(config.eval_sampling)
+    except UserError as error:  # what training has in common with it has passed
+        raise UserError(f"eval.{error}" if str(error).startswith("sampling.") else str(error)) from None
     skeleton.train_adapter(config.memory.gradient_checkpointing, seed=config.seed)
     texts = distinct_texts(config, prompts, eval_prompts)
     config, chosen, traced = _settle(config, skeleton, steps_trained, texts, device, ranks, earlier, gpu)
@@ -129,7 +133,7 @@ def preflight(config: Config, ranks: Ranks = ALONE, resume: bool = False, gpu: b
         prompts=prompts,
         eval_prompts=eval_prompts,
         rewards=rewards,
-        eval_rewards=Rewards(own or config.rewards, eval_prompts, size, eval_key, share=rewards),
+        eval_rewards=Rewards(own or config.rewards, eval_prompts, eval_size, eval_key, share=rewards),
         table=table,
         steps_trained=steps_trained,
         skeleton=skeleton,

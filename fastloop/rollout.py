@@ -269,6 +269,6 @@ def sampler_table(model: ModelConfig, sampling: SamplingConfig) -> TransitionTab
     scheduler = read_json(path, model, "scheduler_config.json", "scheduler")
     try:
         flow = adapter.flow_times(path, model, scheduler, sampling)
-        return transition_table(scheduler, sampling.steps, sampling.eta, sampling.noise, flow)
+        return transition_table(scheduler, sampling.steps, sampling.eta, sampling.noise, flow, sampling.noise_steps)
     except (ValueError, TypeError) as error:
         raise UserError(f"the scheduler of model.path={path}: {error}") from None

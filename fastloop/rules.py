@@ -68,6 +68,8 @@ def _of_algorithm(config: Config) -> str | None:
 
 def _of_rows(config: Config) -> str | None:
     """What of the sampler's steps and of noise levels does not go with the objective, which trains one or the other."""
+    if found := _of_noise_steps(config):
+        return found
     name, forward, default = config.objective, config.forward, type(config.forward)()
     if OBJECTIVES[name].stored_steps:
         if config.sampling.eta == 0:
@@ -88,6 +90,21 @@ def _of_rows(config: Config) -> str | None:
             )
     if forward.window[1] - forward.window[0] + 1 < forward.levels:
         return f"forward.window: {list(forward.window)} has fewer timesteps than forward.levels={forward.levels}: widen it"
+    return None
+
+
+def _of_noise_steps(config: Config) -> str | None:
+    sampling, own = config.sampling, config.eval_sampling
+    if sampling.noise_steps is None:
+        return None
+    first, last = sampling.noise_steps
+    if not first <= last < sampling.steps:
+        return f"sampling.noise_steps: [{first}, {last}] is no range of the steps 0 to {sampling.steps - 1}: count from 0"
+    if own.noise_steps and own.steps != sampling.steps:
+        return (
+            f"eval.sampling.eta: sampling.noise_steps counts training's {sampling.steps} steps, and evaluations have "
+            f"{own.steps}: set it to 0, the deterministic solver"
+        )
     return None
 
 

@@ -23,7 +23,8 @@ def what_is_traced(traced: Traced) -> tuple:
         for name, p in module.named_parameters()
     ]
     settings = traced.config.model_dump_json(exclude=NOT_TRACED)
-    return settings, traced.ops.__name__, traced._accumulates, *modules, *parameters
+    own = traced.config.eval_sampling.model_dump_json()
+    return settings, own, traced.ops.__name__, traced._accumulates, *modules, *parameters
 
 
 def remember_traces(monkeypatch) -> None:

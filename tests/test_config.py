@@ -111,6 +111,9 @@ def test_evaluations_sample_as_training_but_for_what_they_say_themselves(load):
     changed = {"steps": 20, "eta": 0.0, "guidance_scale": 3.0, "negative_prompt": ""}
     assert config.eval_sampling.model_dump() == {**config.sampling.model_dump(), **changed}
     assert load(f"{REWARDS}{sampling}").eval_sampling == config.sampling
+    window = "sampling: {steps: 8, noise_steps: [1, 3]}"
+    assert load(f"{REWARDS}{window}").eval_sampling.noise_steps == (1, 3)
+    assert load(f"{REWARDS}{window}\neval: {{sampling: {{steps: 20, eta: 0}}}}").eval_sampling.noise_steps is None
     # every earlier version wrote `steps: null` into the config.yaml of its runs
     assert load(f"{REWARDS}eval: {{steps: null}}") == load()
 
@@ -361,6 +364,12 @@ WRONG_VALUES = [
     ("prompts: {limit: 0}", "prompts.limit: input should be greater than or equal to 1"),
     ("sampling: {eta: -0.1}", "sampling.eta: input should be greater than or equal to 0"),
     ("sampling: {eta: 1.1}", "sampling.eta: input should be less than or equal to 1"),
+    ("sampling: {steps: 9, noise_steps: [3, 9]}", "sampling.noise_steps: [3, 9] is no range of the steps 0 to 8: count from 0"),
+    ("sampling: {noise_steps: [3, 2]}", "sampling.noise_steps: [3, 2] is no range"),
+    (
+        "sampling: {steps: 9, noise_steps: [1, 2]}\neval: {sampling: {steps: 20}}",
+        "eval.sampling.eta: sampling.noise_steps counts training's 9 steps, and evaluations have 20: set it to 0",
+    ),
     ("sampling: {guidance_scale: 0.5}", "sampling.guidance_scale: input should be greater than or equal to 1"),
     ("timestep_fraction: 1.5", "timestep_fraction: input should be less than or equal to 1"),
     ("ema: {decay: 1}", "ema.decay: input should be less than 1"),

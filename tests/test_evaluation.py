@@ -132,7 +132,7 @@ def measure(make_config):
     def measure(order=slice(None), **overrides) -> Evaluation:
         config = make_config(**overrides)
         prompts = load_prompts(config.eval.prompts)[order]
-        size = denoiser.image_size(config.sampling)
+        size = denoiser.image_size(config.eval_sampling)
         rewards = Rewards(config.eval.rewards or config.rewards, prompts, size)
         try:
             return evaluate(denoiser, config, prompts, rewards)
@@ -175,6 +175,7 @@ def test_the_sampler_of_an_evaluation_is_its_own(measure):
     assert np.array_equal(measure(eval={"sampling": said}).images, base.images)  # what `sampling` has
     for key, value in (("steps", 2), ("eta", 0.0), ("guidance_scale", 1.0), ("negative_prompt", "dull")):
         assert (measure(eval={"sampling": {key: value}}).images != base.images).mean() > 0.1, key
+    assert measure(eval={"sampling": {"height": 32, "width": 24}}).images.shape == (3, 2, 32, 24, 3)
     guided = measure(sampling={"guidance_scale": 1.0}, eval={"sampling": said})  # in calls of half as many trajectories
     assert abs(guided.images.astype(int) - base.images).max() <= 1
 

@@ -127,6 +127,17 @@ def test_the_last_step_has_no_noise_and_is_not_trained(noise):
     assert not made("FLUX.1-schnell", 1, 0.8, noise).trainable.any()
 
 
+@pytest.mark.parametrize("noise", NOISES)
+def test_steps_outside_of_noise_steps_are_deterministic(noise):
+    config, times = SHIPPED["SD3"]
+    noisy, quiet = made("SD3", 10, 0.7, noise), made("SD3", 10, 0.0, noise)
+    table = transition_table(config, 10, 0.7, noise, times(10), (1, 3))
+    assert table.trainable.nonzero()[:, 0].tolist() == [1, 2, 3] and table.timesteps.equal(noisy.timesteps)
+    for name in ("a", "b", "sigma"):
+        of, wanted, still = (getattr(t, name) for t in (table, noisy, quiet))
+        assert of[1:4].equal(wanted[1:4]) and of[0] == still[0] and of[4:].equal(still[4:])
+
+
 def test_the_first_step_of_sde_has_noise_eta():
     """From s = 1, where g = eta sqrt(s / (1 - s)) has no bound of its own; as in Flow-GRPO."""
     for name in SHIPPED:

@@ -250,6 +250,20 @@ def test_a_guided_evaluation_of_an_unguided_training_has_memory_and_a_line_of_it
     assert "evaluation" not in lines_of(make_config())
 
 
+def test_an_evaluation_of_larger_pictures_has_fewer_at_a_time_and_is_in_the_peaks(make_config):
+    """Twice the side: a quarter as many at a time, which needs what a training with such pictures and batches needs."""
+    large = {"height": 32, "width": 32}
+    config = make_config(eval={"sampling": large})
+    assert lines_of(config)["evaluation"] == "4 steps, eta 1, guidance 2, 32 x 32 pixels, 1 at a time"
+    small, found = planned_memory(make_config()), planned_memory(config)
+    like = planned_memory(make_config(memory={"rollout_batch": 1}, sampling=large))
+    assert found.phases["evaluation"] == like.phases["rollout"] - like.parts["trajectories"]
+    assert found.parts["decoding of 3"] == pytest.approx(4 * small.parts["decoding of 3"], rel=0.05)
+    assert {**found.parts, "decoding of 3": 0} == {**small.parts, "decoding of 3": 0}
+    smaller = planned_memory(make_config(eval={"sampling": {"height": 8}}))
+    assert smaller == small
+
+
 def test_the_lines_are_those_numbers(make_config):
     config = make_config()
     lines, found = plan(config), planned_memory(config)
@@ -344,7 +358,8 @@ def test_the_time_is_that_of_the_forwards(make_config):
 
 
 def lines_of(config) -> dict[str, str]:
-    lines = derived_lines(Batches(config, trained_steps(sampler_table(config.model, config.sampling), config)))
+    batches = Batches(config, trained_steps(sampler_table(config.model, config.sampling), config))
+    lines = derived_lines(batches, build_skeleton(config.model))
     return dict(re.split(r"  +", line, maxsplit=1) for line in lines)
 
 
@@ -433,6 +448,11 @@ def no_weights(monkeypatch):
         (
             {"eval": {"sampling": {"steps": 2000}}},
             "steps=2000: must be between 1 and the scheduler's num_train_timesteps=1000",
+        ),
+        ({"eval": {"sampling": {"height": 18}}}, "eval.sampling.height: 18 is not a multiple of 4 pixels, which this model"),
+        (
+            {"sampling": {"noise_steps": [2, 2]}, "updates_per_rollout": 7},
+            "updates_per_rollout: 7 updates, but a rollout has only 6",
         ),
         ({"sampling": {"steps": 1001}}, "steps=1001: must be between 1 and the scheduler's num_train_timesteps=1000"),
         ({"engine": {"device": "gpu"}}, "engine.device: 'gpu' is no device: use auto, cpu, cuda or cuda:N"),

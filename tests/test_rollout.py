@@ -243,6 +243,24 @@ def test_last_steps_drop_leaves_out_the_last_steps_that_have_noise(model, make_c
         trained_steps(offset_0, make_config(last_steps={"drop": 3}))
 
 
+def test_noise_steps_alone_have_noise_and_are_trained(model, denoiser, make_config):
+    sampling = GUIDED.model_copy(update={"noise_steps": (1, 2)})
+    table, settings = sampler_table(model, sampling), {"sampling": sampling, "batch": 4, "vae_batch": 4, "backend": "reference"}
+    config = make_config(sampling={"noise_steps": [1, 2]})
+    assert trained_steps(table, config).tolist() == [1, 2]
+    sampled = rollout(denoiser, table, PROMPTS, IDS, seed=SEED, **settings)
+    assert (sampled.log_probs[[0, 3]] == 0).all() and (sampled.log_probs[1:3] != 0).all()
+    alone = sampler_table(model, GUIDED.model_copy(update={"eta": 0.0}))
+    for step in (0, 3):  # as without any noise
+        x, after = sampled.latents[step], sampled.latents[step + 1]
+        cond, uncond = denoiser.encode(PROMPTS, sampling)
+        c, u = denoiser.predict(x, table.timesteps[step].expand(len(x)), cond, uncond)
+        m = u + sampling.guidance_scale * (c - u)
+        torch.testing.assert_close(after, (alone.a[step] * x + alone.b[step] * m).float(), rtol=0, atol=1e-4)
+    with pytest.raises(UserError, match=r"none of 4 steps can be trained.*, or widen sampling\.noise_steps$"):
+        trained_steps(table, make_config(sampling={"noise_steps": [1, 2]}, last_steps={"drop": 2}))
+
+
 def test_more_updates_than_pairs_are_refused(model, make_config):
     table = sampler_table(model, GUIDED)
     few = {"prompts_per_step": 1, "images_per_prompt": 2, "timestep_fraction": 0.5}  # 2 trajectories, 2 steps of each

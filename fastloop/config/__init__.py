@@ -133,4 +133,5 @@ class Config(Strict):
     @property
     def eval_sampling(self) -> SamplingConfig:
         """The reverse process of evaluations: that of training with what `eval.sampling` says; its eta may be 0."""
-        return self.sampling.model_copy(update=self.eval.sampling.model_dump(exclude_none=True))
+        own = self.eval.sampling.model_dump(exclude_none=True)
+        return self.sampling.model_copy(update=own if own.get("eta") != 0 else {**own, "noise_steps": None})

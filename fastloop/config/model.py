@@ -106,6 +106,11 @@ class SamplingConfig(Strict):
         description="what `eta` measures: `ddim`, or of a flow-matching model `sde`, `dance` or `cps`; "
         "null: `ddim`, of a flow `sde`",
     )
+    noise_steps: tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]] | None = Field(
+        None,
+        description="first and last step that have noise, counted from 0, and that are trained for it; "
+        "the others are deterministic; null: all",
+    )
     guidance_scale: Annotated[float, Field(ge=1)] = Field(
         5.0,
         description="w of classifier-free guidance; 1 switches it off and saves the second half of every forward; "
@@ -152,3 +157,5 @@ class EvalSamplingConfig(Strict):
     negative_prompt: str | None = Field(
         None, description="prompt of the unconditional branch; empty: none; null: `sampling.negative_prompt`"
     )
+    height: Positive | None = Field(None, description="of the pictures, in pixels; null: `sampling.height`")
+    width: Positive | None = Field(None, description="of the pictures, in pixels; null: `sampling.width`")

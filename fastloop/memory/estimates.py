@@ -92,7 +92,7 @@ def memory_needs(
         "step": in_step,
     }
     if traced.evaluation:
-        batch = evaluation_batch(config, config.memory.rollout_batch or rollout)
+        batch = evaluation_batch(config, denoiser, config.memory.rollout_batch or rollout)
         working["evaluation"] = traced.evaluation.peak(batch) + gathered - stays.get("trajectories", 0)  # gone by then
     gradients = sharded.gradients(trained)
     parts = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -115,7 +116,8 @@ class Traced:
     def __init__(self, config: Config, skeleton: Denoiser, accumulates: bool, on_gpu: bool) -> None:
         self.config, self.denoiser = config, skeleton
         self.shape = skeleton.latent_shape(config.sampling.height, config.sampling.width)
-        self.size = skeleton.image_size(config.sampling)
+        sizes = {skeleton.latent_shape(of.height, of.width) for of in (config.sampling, config.eval_sampling)}
+        self.decoded = max(sizes, key=math.prod)
         lighten_parts(skeleton, config.engine)
         fused = importlib.util.find_spec("triton") is not None and on_gpu
         backend = config.kernels if config.kernels != "auto" else "triton" if fused else "reference"
@@ -145,7 +147,8 @@ class Traced:
             self.encode = self._encode()
         self.rollout, self.decode = self._phase(self._rollout), Phase(self._decode, self.fake)
         guided = config.eval_sampling.branches > config.sampling.branches
-        self.evaluation = self._phase(self._evaluation) if guided else None  # else it is as a rollout
+        larger = self.decoded != self.shape or guided
+        self.evaluation = self._phase(self._evaluation) if larger else None  # else it is as a rollout
         self.update = self.new_update()
 
     def new_update(self) -> Phase:
@@ -184,7 +187,7 @@ class Traced:
 
     def _decode(self, batch: int) -> None:
         with torch.no_grad():
-            self.denoiser.to_bytes(self.denoiser.to_pictures(torch.empty(batch, *self.shape)))
+            self.denoiser.to_bytes(self.denoiser.to_pictures(torch.empty(batch, *self.decoded)))
 
     def _update(self, batch: int) -> None:
         parameters = self.denoiser.trainable().values()

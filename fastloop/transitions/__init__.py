@@ -18,19 +18,24 @@ def transition_table(
     eta: float,
     noise: str | None = None,
     flow: Mapping[str, Any] | None = None,
+    noise_steps: tuple[int, int] | None = None,
 ) -> TransitionTable:
     """Make the table of ``steps`` transitions for a diffusers scheduler config, float64 on the CPU.
 
     Args:
         eta: in [0, 1], how much noise. noise: ``ddim`` for models of discrete betas, ``sde``, ``dance`` or ``cps`` for flows;
             ``None``: the first of these for the model. flow: of a flow what its pipeline calls its scheduler's
-            ``set_timesteps`` with, as from `Denoiser.flow_times`; ``None``: the model is no flow.
+            ``set_timesteps`` with, as from `Denoiser.flow_times`; ``None``: the model is no flow. noise_steps: first and
+            last step with noise; the others are those of eta = 0. ``None``: all.
 
     Raises:
         ValueError: one line that names the key, for a scheduler whose steps are not affine in the network's output or not
             those of the model, and for values out of range.
     """
     name = scheduler_config.get("_class_name")
+    if noise_steps is not None:
+        noisy, quiet = (transition_table(scheduler_config, steps, of, noise, flow) for of in (eta, 0.0))
+        return noisy.with_noise_in(noise_steps, quiet)
     if not 0 <= eta <= 1:
         raise ValueError(f"eta={eta}: must be between 0 (deterministic) and 1")
     if flow is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -43,3 +43,10 @@ class TransitionTable:
     def trainable(self) -> torch.Tensor:
         """bool (T,): where sigma > 0. The other steps are sampled, but have no density to train."""
         return self.sigma > 0
+
+    def with_noise_in(self, steps: tuple[int, int], quiet: TransitionTable) -> TransitionTable:
+        """Take from ``quiet``, of the same sampler without noise, all but the first to the last of these steps."""
+        number = torch.arange(len(self))
+        noisy = (steps[0] <= number) & (number <= steps[1])
+        columns = {name: torch.where(noisy, getattr(self, name), getattr(quiet, name)) for name in ("a", "b", "sigma")}
+        return replace(self, **columns)
