@@ -42,8 +42,9 @@ def trained_steps(table: TransitionTable, config: Config) -> torch.Tensor:
         if last > known:
             raise UserError(f"forward.window: ends at {last}, the model's timesteps at {known}: lower it")
     if len(steps) == 0:
-        window = "" if config.sampling.noise_steps is None else ", or widen sampling.noise_steps"
-        raise UserError(f"sampling.steps: none of {len(table)} steps can be trained: raise it or lower last_steps.drop{window}")
+        remedy = "raise it or lower last_steps.drop"
+        remedy += "" if config.sampling.noise_steps is None else ", or widen sampling.noise_steps"
+        raise UserError(f"sampling.steps: none of {len(table)} steps can be trained: {remedy}")
     pairs = config.passes_per_rollout * Batches(config, steps).rows
     if config.updates_per_rollout > pairs:
         raise UserError(

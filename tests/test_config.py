@@ -364,7 +364,7 @@ WRONG_VALUES = [
     ("prompts: {limit: 0}", "prompts.limit: input should be greater than or equal to 1"),
     ("sampling: {eta: -0.1}", "sampling.eta: input should be greater than or equal to 0"),
     ("sampling: {eta: 1.1}", "sampling.eta: input should be less than or equal to 1"),
-    ("sampling: {steps: 9, noise_steps: [3, 9]}", "sampling.noise_steps: [3, 9] is no range of the steps 0 to 8: count from 0"),
+    ("sampling: {steps: 9, noise_steps: [3, 9]}", "sampling.noise_steps: [3, 9] is no range of the steps 0 to 8: count"),
     ("sampling: {noise_steps: [3, 2]}", "sampling.noise_steps: [3, 2] is no range"),
     (
         "sampling: {steps: 9, noise_steps: [1, 2]}\neval: {sampling: {steps: 20}}",

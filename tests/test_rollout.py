@@ -245,7 +245,8 @@ def test_last_steps_drop_leaves_out_the_last_steps_that_have_noise(model, make_c
 
 def test_noise_steps_alone_have_noise_and_are_trained(model, denoiser, make_config):
     sampling = GUIDED.model_copy(update={"noise_steps": (1, 2)})
-    table, settings = sampler_table(model, sampling), {"sampling": sampling, "batch": 4, "vae_batch": 4, "backend": "reference"}
+    table = sampler_table(model, sampling)
+    settings = {"sampling": sampling, "batch": 4, "vae_batch": 4, "backend": "reference"}
     config = make_config(sampling={"noise_steps": [1, 2]})
     assert trained_steps(table, config).tolist() == [1, 2]
     sampled = rollout(denoiser, table, PROMPTS, IDS, seed=SEED, **settings)
