@@ -6,14 +6,21 @@ from pathlib import Path
 
 import pytest
 
+from fastloop.batches import Batches, trained_steps
 from fastloop.prompts import ANIMALS
 from fastloop.recipes import load_config
 from fastloop.rewards.noun_phrases import by_rule
 from fastloop.rewards.registry import REGISTRY
 from fastloop.rewards.scoring import Rewards
+from fastloop.rollout import sampler_table
 
 RECIPES = sorted((Path(__file__).resolve().parent.parent / "configs").glob("*.yaml"))
 MODELS = {"sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5", "sdxl": "stabilityai/stable-diffusion-xl-base-1.0"}
+FLOWS = {
+    "sd35": ("stabilityai/stable-diffusion-3.5-medium", "sd35_medium"),
+    "flux": ("black-forest-labs/FLUX.1-dev", "flux_dev"),
+    "klein": ("black-forest-labs/FLUX.2-klein-base-4B", "klein_base_4b"),
+}
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -32,6 +39,35 @@ def test_every_reward_of_real_pictures_has_a_recipe(family):
     assert {reward.name for recipe in recipes for reward in recipe.rewards} == {
         name for name in REGISTRY if not name.startswith("shapes") and name != "http"
     }
+
+
+@pytest.mark.parametrize(
+    "name, trained, kept",
+    [
+        ("sd35_pickscore", [1, 2, 3, 4, 5], 2),
+        ("sd35_noguidance", [0, 1, 2, 3, 4], 3),
+        ("sd35_ocr", list(range(9)), 9),
+        ("flux_pickscore", [1, 2, 3], 1),
+        ("flux_dancegrpo", list(range(15)), 9),
+        ("klein_pickscore", [1, 2, 3], 1),
+    ],
+)
+def test_recipes_of_flows_train_the_published_steps_of_their_models(name, trained, kept):
+    path, random_init = FLOWS[name.partition("_")[0]]
+    config = load_config(next(recipe for recipe in RECIPES if recipe.stem == name))
+    assert config.model.path == path and config.eval_sampling.eta == 0 and config.eval_sampling.steps > config.sampling.steps
+    model = config.model.model_copy(update={"path": None, "random_init": random_init})
+    steps = trained_steps(sampler_table(model, config.sampling), config)
+    assert steps.tolist() == trained and Batches(config, steps).kept == kept
+    assert len(sampler_table(model, config.eval_sampling)) == config.eval_sampling.steps
+
+
+def test_the_clip_range_of_cps_is_the_published_one_in_units_of_the_log_density():
+    """Theirs, 1e-4, is of 2 sigma^2 times the log-ratio: of the trained steps on average."""
+    config = load_config(next(recipe for recipe in RECIPES if recipe.stem == "sd35_noguidance"))
+    model = config.model.model_copy(update={"path": None, "random_init": "sd35_medium"})
+    sigma = sampler_table(model, config.sampling).sigma[:5]
+    assert config.clip_range == pytest.approx(1e-4 / (2 * sigma.square()).mean().item(), rel=0.03)
 
 
 @pytest.mark.parametrize("name", ["aesthetic", "pickscore", "blip_vqa"])
