@@ -48,42 +48,58 @@ class Settings:
     lr: float = 3e-4
     weight_decay: float = 1e-4
     max_grad_norm: float = 1.0
-    lora_rank: int = 16  # 0: train all weights of the UNet
+    lora_rank: int = 16  # 0: train all weights of the network
     dtype: str = "float32"  # of the forward passes; what is trained stays float32
     gradient_checkpointing: bool = False
+    max_sequence_length: int | None = None  # tokens of T5, for a flow
     seed: int = 0
 
 
 class BaselinePPO:
     """Trains the UNet of a StableDiffusionPipeline or StableDiffusionXLPipeline.
 
+    Attributes:
+        steps: of the sampler, those that are trained.
+
     Args:
         pipe: a pipeline with a DDIMScheduler, on its device, in float32 where all weights are trained.
         reward: a function of pictures uint8 (n, height, width, 3) and their prompts that gives n numbers.
     """
 
+    network_name = "unet"
+    targets = {"target_modules": ["to_q", "to_k", "to_v", "to_out.0"]}
+
     def __init__(self, pipe, reward: Callable[[np.ndarray, list[str]], np.ndarray], settings: Settings) -> None:
         self.pipe, self.reward, self.settings = pipe, reward, settings
-        self.unet, self.scheduler = pipe.unet, pipe.scheduler
-        self.device, self.dtype = self.unet.device, getattr(torch, settings.dtype)
+        self.network, self.scheduler = getattr(pipe, self.network_name), pipe.scheduler
+        self.device, self.dtype = self.network.device, getattr(torch, settings.dtype)
         self.guided = settings.guidance_scale != 1
         torch.manual_seed(settings.seed)
         pipe.vae.requires_grad_(False)
-        self.unet.requires_grad_(settings.lora_rank == 0)
+        self.network.requires_grad_(settings.lora_rank == 0)
         if settings.lora_rank:
-            targets = ["to_q", "to_k", "to_v", "to_out.0"]
             lora = {"r": settings.lora_rank, "lora_alpha": settings.lora_rank, "init_lora_weights": "gaussian"}
-            self.unet.add_adapter(LoraConfig(**lora, target_modules=targets))
+            self.network.add_adapter(LoraConfig(**lora, **self.targets))
         if settings.gradient_checkpointing:
-            self.unet.enable_gradient_checkpointing()
-        self.parameters = [p for p in self.unet.parameters() if p.requires_grad]
+            self.network.enable_gradient_checkpointing()
+        self.parameters = [p for p in self.network.parameters() if p.requires_grad]
         for p in self.parameters:
             p.data = p.data.float()
         self.optimizer = torch.optim.AdamW(self.parameters, settings.lr, weight_decay=settings.weight_decay)
         self.history: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=32))
         self.scheduler.set_timesteps(settings.steps)
+        self.steps = self.make_steps()
+
+    @property
+    def side(self) -> int:
+        """Of the pictures, in pixels."""
+        return self.network.config.sample_size * self.pipe.vae_scale_factor
+
+    def make_steps(self) -> int:
+        """Prepare for ``step``; return how many of the steps are trained, from the first."""
         self.alphas = self.scheduler.alphas_cumprod.to(self.device)
-        self.stride = self.scheduler.config.num_train_timesteps // settings.steps
+        self.stride = self.scheduler.config.num_train_timesteps // self.settings.steps
+        return self.settings.steps
 
     def iteration(self, prompts: list[str]) -> dict[str, float]:
         """Samples one image of each prompt and trains on them."""
@@ -96,13 +112,13 @@ class BaselinePPO:
 
     @torch.no_grad()
     def sample(self, prompts: list[str]) -> dict:
-        """Latents (N, T + 1, ...), log-probs (N, T), embeddings (N, ...) and images uint8 (N, height, width, 3)."""
-        size = self.unet.config.sample_size
+        """Latents (N, T + 1, ...), log-probs (N, steps), embeddings (N, ...) and images uint8 (N, height, width, 3)."""
+        size = self.network.config.sample_size
         parts = defaultdict(list)
         for start in range(0, len(prompts), self.settings.batch):
             text = self.encode(prompts[start : start + self.settings.batch])
             n = len(text["cond"])
-            latents = torch.randn(n, self.unet.config.in_channels, size, size, device=self.device)
+            latents = torch.randn(n, self.network.config.in_channels, size, size, device=self.device)
             path, log_probs = [latents], []
             for t in self.scheduler.timesteps:
                 timestep = t.expand(n).to(self.device)
@@ -111,7 +127,7 @@ class BaselinePPO:
                 log_probs.append(log_prob)
             parts["images"].append(self.decode(latents))
             parts["latents"].append(torch.stack(path, 1))
-            parts["log_probs"].append(torch.stack(log_probs, 1))
+            parts["log_probs"].append(torch.stack(log_probs[: self.steps], 1))
             for name, value in text.items():
                 parts[name].append(value)
         images = np.concatenate(parts.pop("images"))
@@ -133,12 +149,19 @@ class BaselinePPO:
             pooled = None if pooled is None else torch.cat([text["pooled_uncond"], pooled])
         added = None
         if pooled is not None:
-            side = float(self.unet.config.sample_size * self.pipe.vae_scale_factor)
+            side = float(self.side)
             ids = torch.tensor([side, side, 0.0, 0.0, side, side], device=self.device)
             added = {"text_embeds": pooled, "time_ids": ids.expand(len(pooled), -1)}
-        mixed = torch.autocast(self.device.type, self.dtype) if self.dtype != torch.float32 else nullcontext()
-        with mixed:
-            output = self.unet(latents.to(self.dtype), timesteps, hidden, added_cond_kwargs=added).sample.float()
+        with self.mixed():
+            output = self.network(latents.to(self.dtype), timesteps, hidden, added_cond_kwargs=added).sample.float()
+        return self.guide(output)
+
+    def mixed(self):
+        """The forward's precision."""
+        return torch.autocast(self.device.type, self.dtype) if self.dtype != torch.float32 else nullcontext()
+
+    def guide(self, output: Tensor) -> Tensor:
+        """Put both branches together."""
         if not self.guided:
             return output
         uncond, cond = output.chunk(2)
@@ -249,6 +272,7 @@ def settings_of(config) -> Settings:
         clip_range=config.clip_range,
         lr=config.optimizer.lr,
         lora_rank=config.model.lora.rank if config.model.adapter == "lora" else 0,
+        max_sequence_length=config.model.max_sequence_length,
         dtype=str(DTYPES[config.model.dtype]).removeprefix("torch."),
         gradient_checkpointing=bool(config.memory.gradient_checkpointing),
         seed=config.seed,
@@ -256,7 +280,7 @@ def settings_of(config) -> Settings:
 
 
 def load_pipeline(config, device: torch.device):
-    """fastloop's parts of a model (its ModelConfig) in diffusers' own pipeline class, with a DDIM scheduler."""
+    """fastloop's parts of a model (its ModelConfig) in diffusers' own pipeline class, with DDIM's scheduler, or a flow's."""
     from fastloop.denoisers import load_denoiser
 
     return pipeline_of(load_denoiser(config, device))
@@ -270,9 +294,9 @@ def pipeline_of(denoiser):
 
     config = denoiser.config
     denoiser.network.to(memory_format=torch.contiguous_format)  # channels_last is fastloop's choice
-    scheduler = diffusers.DDIMScheduler.from_config(
-        read_json(model_source(config), config, "scheduler_config.json", "scheduler")
-    )
+    values = read_json(model_source(config), config, "scheduler_config.json", "scheduler")
+    flow = denoiser.network_name == "transformer"
+    scheduler = (diffusers.FlowMatchEulerDiscreteScheduler if flow else diffusers.DDIMScheduler).from_config(values)
     parts = {**denoiser.parts, **denoiser.tokenizers, **denoiser.absent}
     return denoiser.pipeline_class(**parts, scheduler=scheduler)
 
@@ -299,10 +323,9 @@ def main() -> int:
     dtype = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}[settings.dtype]
     config = ModelConfig(path=args.model, dtype=dtype, adapter="lora" if settings.lora_rank else "full")
     pipe = load_pipeline(config, pick_device("auto"))
-    size = 2 * (pipe.unet.config.sample_size * pipe.vae_scale_factor,)
-    rewards = Rewards([RewardConfig(name=args.reward)], prompts, size)
     known = {prompt.text: prompt for prompt in prompts}
     trainer = BaselinePPO(pipe, lambda images, texts: rewards.score(images, [known[t] for t in texts]).total, settings)
+    rewards = Rewards([RewardConfig(name=args.reward)], prompts, (trainer.side, trainer.side))
     stream = PromptStream(prompts, settings.seed)
     for i in range(args.iterations):
         started = time.perf_counter()

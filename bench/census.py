@@ -57,7 +57,8 @@ from baseline_ppo import BaselinePPO, Settings, load_pipeline
 from census_counter import Counted, Counter, Saved
 from fake_gpu import DEVICE, fake_gpu
 from markdown_tables import padded
-from throughput_systems import LORA_RANK, MODELS, case_config
+from throughput_systems import LORA_RANK, case_config
+from throughput_systems import MODELS as ALL
 from torch.utils._python_dispatch import _disable_current_modes
 
 from fastloop.config import Config, ModelConfig
@@ -69,6 +70,7 @@ from fastloop.machine import version_of
 from fastloop.memory.traces import inputs, make_fake
 
 OVERRIDES = ["model.dtype=bf16", "memory.gradient_checkpointing=false", "kernels=triton"]
+MODELS = [name for name in ALL if name != "shapes_flow"]  # those with a UNet
 ADAPTERS = ("lora", "full")
 PACKAGES = ("torch", "diffusers", "peft", "transformers", "triton")  # whose versions the counts depend on
 RECORD = "python bench/census.py --out bench/results"
@@ -116,11 +118,11 @@ def plain_call(config: Config) -> Call:
         dtype="bfloat16",
     )
     trainer = BaselinePPO(load_pipeline(config.model, DEVICE), None, settings)
-    text, side = trainer.encode(["a"] * batch), trainer.unet.config.sample_size
-    latents = torch.empty(batch, trainer.unet.config.in_channels, side, side, device=DEVICE)
+    text, side = trainer.encode(["a"] * batch), trainer.network.config.sample_size
+    latents = torch.empty(batch, trainer.network.config.in_channels, side, side, device=DEVICE)
     timesteps = torch.zeros(batch, dtype=torch.int64, device=DEVICE)
-    trained = [p for p in trainer.unet.parameters() if p.requires_grad]
-    return trainer.unet, lambda: (trainer.predict(latents, timesteps, text),), trained, lambda: None
+    trained = [p for p in trainer.network.parameters() if p.requires_grad]
+    return trainer.network, lambda: (trainer.predict(latents, timesteps, text),), trained, lambda: None
 
 
 TRAINERS = {"plain PPO": plain_call, "fastloop": fastloop_call}

@@ -2,11 +2,11 @@
 
     python bench/throughput.py [--models shapes,sd15] [--adapters lora,full] [--peer-python peer/bin/python] [--scale]
 
-Systems: `baseline` is bench/baseline_ppo.py, eager PyTorch; `reference` is fastloop with its PyTorch kernels; `fastloop` has
-the kernels of the machine; `compile` and `regional` add model.compile=true and regional; `trl` is TRL 0.23.1's DDPOTrainer in
-an environment of its own (bench/peer_trl.py says how to make it). All do `algorithm: ppo` on the same model, prompts, steps,
-guidance, images, updates, batch sizes and LoRA rank. Models beside the bundled one are full-size architectures with random
-weights, without downloads.
+Systems: `baseline` is bench/baseline_ppo.py, or baseline_flow.py, eager PyTorch; `reference` is fastloop with its PyTorch
+kernels; `fastloop` has the kernels of the machine; `compile` and `regional` add model.compile=true and regional; `trl` is TRL
+0.23.1's DDPOTrainer in an environment of its own (bench/peer_trl.py says how to make it). All do `algorithm: ppo` on the same
+model, prompts, steps, guidance, images, updates, batch sizes and LoRA rank. Models beside the bundled ones are full-size
+architectures with random weights, without downloads.
 
 - An iteration is all that a trainer does between two rollouts: text encoding, sampling, decoding, rewards, updates, metrics.
   Checkpoints and evaluations are left out. The first one of every process is not counted, but in a column of its own: what it
@@ -38,16 +38,18 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import torch
-from throughput_systems import LORA_RANK, MODELS, SYSTEMS, Worker, case_config, command_of, save_for_peer, work
+from throughput_systems import LORA_RANK, MODELS, SYSTEMS, Worker, case_config, command_of, for_peer, save_for_peer, work
 from worker import PHASES
 
 from fastloop import cli
+from fastloop.batches import trained_steps
 from fastloop.config import Config
 from fastloop.denoisers import build_skeleton
 from fastloop.denoisers.parts import DTYPES
 from fastloop.errors import UserError
 from fastloop.kernels import choose
 from fastloop.machine import describe_machine, versions
+from fastloop.rollout import sampler_table
 
 SCALES = {"batch": (4, 32), "K": (2, 8), "T": (4, 16)}
 
@@ -61,7 +63,7 @@ def measure(model: str, adapter: str, systems: list[str], args: argparse.Namespa
     rows = {system: {"system": system, "iterations": [], "exact": [], "problem": None} for system in systems}
     with tempfile.TemporaryDirectory(prefix="fastloop-throughput-") as temporary, ExitStack() as stack:
         folder = Path(temporary)
-        if "trl" in systems and config.model.random_init != "sdxl":
+        if "trl" in systems and for_peer(model):
             save_for_peer(config, folder / "pipeline")
 
         def start(system: str) -> Worker | None:
@@ -124,7 +126,7 @@ def unet_flops(config: Config) -> dict[str, int]:
     denoiser = build_skeleton(plain)
     denoiser.train_adapter(gradient_checkpointing=False, seed=0)
     shape = denoiser.latent_shape(config.sampling.height, config.sampling.width)
-    latents, timesteps = torch.zeros(1, *shape, device="meta"), torch.zeros(1, dtype=torch.int64, device="meta")
+    latents, timesteps = torch.zeros(1, *shape, device="meta"), torch.zeros(1, dtype=denoiser.timestep_dtype, device="meta")
     cond = denoiser.condition([denoiser.blank_embedding()], config.sampling)
     uncond = cond if config.sampling.guidance_scale != 1 else None
     counted = {}
@@ -163,8 +165,9 @@ def summarize(row: dict, config: Config, flops: dict, matmul: float, baseline: d
     images = config.images_per_rollout
     rates = [images / each["seconds"] for each in iterations]
     phases = {name: median(each["phases"].get(name, 0.0) for each in row["exact"] or iterations) for name in PHASES}
-    pairs = images * config.sampling.steps
-    work = {"rollout": pairs * flops["forward"], "update": pairs * flops["forward_backward"]}
+    trained = len(trained_steps(sampler_table(config.model, config.sampling), config))
+    work = {"rollout": config.sampling.steps * flops["forward"], "update": trained * flops["forward_backward"]}
+    work = {name: images * of for name, of in work.items()}
     spent = {"rollout": phases["rollout"], "update": phases["loss"] + phases["backward"]}
     row |= {
         "images_per_s": median(rates),

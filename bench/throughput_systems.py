@@ -50,6 +50,14 @@ MODELS = {  # what differs; batch: images per forward, the same in sampling and 
         "prompts_per_step": 32,
         "batch": 16,
     },
+    "shapes_flow": {
+        "model": {"path": "assets:shapes_flow", "dtype": "fp32", "max_sequence_length": 1},
+        "prompts": {"source": "shapes_train"},
+        "rewards": [{"name": "shapes"}],
+        "sampling": {"steps": 8, "noise": "sde", "eta": 0.7, "guidance_scale": 3.0},
+        "prompts_per_step": 32,
+        "batch": 16,
+    },
     "sd15": REAL
     | {
         "model": {"random_init": "sd15", "dtype": "bf16"},
@@ -127,6 +135,7 @@ def serve_fastloop(config: Config, server: Server) -> None:
 
 
 def serve_baseline(config: Config, server: Server) -> None:
+    from baseline_flow import FlowPPO
     from baseline_ppo import BaselinePPO, load_pipeline, settings_of
 
     from fastloop.engines.torch import pick_device
@@ -138,10 +147,10 @@ def serve_baseline(config: Config, server: Server) -> None:
     pipe = load_pipeline(config.model, pick_device("auto"))
     prompts = load_prompts(config.prompts)
     known = {prompt.text: prompt for prompt in prompts}
-    side = pipe.unet.config.sample_size * pipe.vae_scale_factor
-    rewards = Rewards(config.rewards, prompts, (side, side))
     settings = settings_of(config)
-    trainer = BaselinePPO(pipe, lambda images, texts: rewards.score(images, [known[t] for t in texts]).total, settings)
+    kind = FlowPPO if hasattr(pipe, "transformer") else BaselinePPO
+    trainer = kind(pipe, lambda images, texts: rewards.score(images, [known[t] for t in texts]).total, settings)
+    rewards = Rewards(config.rewards, prompts, (trainer.side, trainer.side))
     for method in ("encode", "decode", "loss", "backward"):
         server.phases.watch(trainer, method, method)
     server.phases.watch(trainer, "sample", "rollout")
@@ -161,14 +170,19 @@ def serve_baseline(config: Config, server: Server) -> None:
 def command_of(system: str, model: str, adapter: str, overrides: list[str], folder: Path, args) -> list[str]:
     """What starts a worker. Raises ``UserError`` where the system cannot do the case."""
     if system == "trl":
-        if MODELS[model]["model"].get("random_init") == "sdxl":
-            raise UserError("TRL's DDPOTrainer has no SDXL")
+        if not for_peer(model):
+            raise UserError("TRL's DDPOTrainer has Stable Diffusion 1.x and 2.x alone")
         case = peer_case(case_config(model, adapter, overrides), folder / "pipeline", args.threads)
         return [str(args.peer_python), str(HERE / "peer_trl.py"), json.dumps(case)]
     own = [f"output_dir={folder / system}"]
     config = case_config(model, adapter, [*overrides, *(SYSTEMS[system] or []), *own])
     (folder / f"{system}.yaml").write_text(dump_config(config))
     return [sys.executable, str(HERE / "throughput.py"), "--work", system, "--config", str(folder / f"{system}.yaml")]
+
+
+def for_peer(model: str) -> bool:
+    """Say whether TRL's trainer has this model."""
+    return model not in ("sdxl", "shapes_flow")
 
 
 def peer_case(config: Config, folder: Path, threads: int) -> dict:

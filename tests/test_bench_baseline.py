@@ -14,24 +14,32 @@ from fastloop.trainer import Trainer
 PPO = {"algorithm": "ppo", "images_per_prompt": 1, "prompts_per_step": 4, "clip_range": 1e-3}
 MODELS = [("tiny_sd", "lora", 2.0), ("tiny_sd", "full", 1.0), ("tiny_sd_v", "lora", 1.0), ("tiny_sd_v", "full", 3.0)]
 MODELS += [("tiny_sdxl", "lora", 2.0), ("tiny_sdxl", "full", 1.0)]
+MODELS += [("tiny_sd3", "lora", 2.0), ("tiny_sd3", "full", 1.0), ("tiny_sd3_plain", "lora", 1.0)]
+FLOW = {"model": {"max_sequence_length": 12}, "sampling": {"eta": 0.7, "steps": 5}, "clip_range": 2e-5}
 
 
 @pytest.fixture(scope="module")
 def bench(bench_module):
-    return bench_module("baseline_ppo")
+    module = bench_module("baseline_ppo")
+    module.FlowPPO = bench_module("baseline_flow").FlowPPO
+    return module
 
 
 def make_baseline(bench, config, reward=lambda images, prompts: np.zeros(len(images))):
     """The baseline with the settings of a configuration of fastloop."""
-    return bench.BaselinePPO(bench.load_pipeline(config.model, torch.device("cpu")), reward, bench.settings_of(config))
+    pipe = bench.load_pipeline(config.model, torch.device("cpu"))
+    kind = bench.FlowPPO if hasattr(pipe, "transformer") else bench.BaselinePPO
+    return kind(pipe, reward, bench.settings_of(config))
 
 
 @pytest.fixture(params=MODELS, ids=lambda case: "-".join(map(str, case)))
 def pair(request, bench, make_config):
     """A trainer and the baseline with the same weights, which are not those that sampled, and a rollout of the trainer."""
     name, adapter, guidance = request.param
-    model = {"path": request.getfixturevalue(name), "adapter": adapter}
-    config = make_config(**PPO, model=model, sampling={"guidance_scale": guidance})
+    flow = FLOW if "sd3" in name else {"model": {}, "sampling": {}, "clip_range": PPO["clip_range"]}
+    model = {"path": request.getfixturevalue(name), "adapter": adapter, **flow["model"]}
+    sampling = {"guidance_scale": guidance, **flow["sampling"]}
+    config = make_config(**{**PPO, "clip_range": flow["clip_range"]}, model=model, sampling=sampling)
     trainer, baseline = Trainer(config), make_baseline(bench, config)
     prompts = trainer.prompts.draw(0, 4)
     trajectories = trainer.rollout(prompts, torch.arange(4))
