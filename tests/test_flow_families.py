@@ -6,11 +6,14 @@ from functools import partial
 
 import pytest
 import torch
+from compile_counts import compile_as_traced, forget
 from flow_runs import FAMILIES, FULL, PROMPTS, SIZE, WITHOUT_T5
 from known_traces import trace_nothing
 from on_ranks import ON_RANKS, SHARED, train_all, zero
 from run_files import distance, equal, weights
+from test_compile import compiler
 from test_sdxl import load
+from torch._dynamo.utils import counters
 
 from fastloop.config import SamplingConfig
 from fastloop.denoisers import ready_denoiser
@@ -90,6 +93,31 @@ def test_two_ranks_equal_one_and_deepspeed_equals_torch(make_run, path, family, 
         assert equal(weights(tmp_path / name, 0), start)
         assert distance(weights(tmp_path / name), weights(wanted), start) < 1e-3
         assert read_rows(tmp_path / name / "metrics.jsonl")[0]["policy/replay_max_dev"] == 0
+
+
+@compiler
+def test_its_repeated_blocks_are_compiled_and_give_what_eager_ones_do(path, family, monkeypatch) -> None:
+    """Traced for real; the graphs run as they are, which takes seconds where a C++ compiler takes minutes."""
+    monkeypatch.setattr(torch, "compile", compile_as_traced)
+    found = []
+    for compiled in (False, "regional"):
+        denoiser = load(path, lora={"rank": 2}, max_sequence_length=family.length, compile=compiled)
+        denoiser.train_adapter(False, 0)
+        if compiled:
+            forget()
+            denoiser.compile()
+        cond, _ = denoiser.encode(PROMPTS, SamplingConfig(guidance_scale=1.0))
+        x, t = initial_noise(0, torch.arange(3), family.latents), torch.tensor([960.1, 500.0, 8.9])
+        with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+            output = denoiser.predict(x, t, cond, None)[0]
+        output.square().mean().backward()
+        found.append((output, {name: p.grad for name, p in denoiser.trainable().items()}))
+    assert counters["stats"]["unique_graphs"] >= 1 and not counters["graph_break"]
+    (output, gradients), (of_compiled, theirs) = found
+    torch.testing.assert_close(of_compiled, output, rtol=0, atol=1e-5)
+    assert max(gradient.abs().max() for gradient in gradients.values()) > 1e-4
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(theirs[name], gradient, rtol=0, atol=1e-6)
 
 
 def test_the_forward_process_trains_it_without_stored_steps(make_run) -> None:
