@@ -59,7 +59,7 @@ def config_of(make_config, path, family):
     [
         ({}, {"guidance_scale": 2.0}, {"kl": {"weight": 0.1}}),
         (FULL, {}, {"kl": {"weight": 0.1}, "ema": {"decay": 0.5}, "optimizer": {"lr": 1e-4}}),
-        ({"dtype": "bf16"}, {"noise": "cps", "eta": 0.5}, {}),
+        ({"dtype": "bf16"}, {"noise": "cps", "eta": 0.5}, {"optimizer": {"name": "adamw8bit", "lr": 1e-2}}),
         ({}, {"noise": "dance", "eta": 0.3}, {}),
     ],
     ids=str,

@@ -245,3 +245,10 @@ def test_the_skeleton_has_the_parts_that_the_files_have(tiny_sd3, tiny_sd3_plain
         for name, part in loaded.parts.items():
             dtypes = {key: value.dtype for key, value in skeleton.parts[name].state_dict().items()}
             assert dtypes == {key: value.dtype for key, value in part.state_dict().items()}
+
+
+def test_a_turbo_is_warned_of_by_its_name(tiny_sd3, tmp_path):
+    path = shutil.copytree(tiny_sd3, tmp_path / "stable-diffusion-3.5-large-turbo")
+    for model, words in ((str(path), "this is a turbo, distilled to 4 steps"), (tiny_sd3, None)):
+        caution = build_skeleton(ModelConfig(path=model)).caution
+        assert caution is None if words is None else words in caution

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -65,6 +66,16 @@ class StableDiffusion3(TransformerDenoiser):
             tokens = cls.patches(path, config, sampling, network["sample_size"], network["patch_size"])
             times["mu"] = cls.shift(scheduler, tokens)
         return times
+
+    @property
+    def caution(self) -> str | None:
+        """Say so of a turbo, which is distilled to a few steps; nothing but its name tells of it."""
+        if "turbo" not in Path(self.config.path or "").name.lower():
+            return None
+        return (
+            "this is a turbo, distilled to 4 steps without noise: training adds noise, which it was not made for, and may "
+            "undo the distillation; the model without turbo in its name is the better start"
+        )
 
     @property
     def absent(self) -> dict[str, None]:
