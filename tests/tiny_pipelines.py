@@ -254,7 +254,7 @@ def make_klein(folder, distilled: bool = False) -> str:
     transformer's double and single blocks without guidance_embeds, three of its text encoder's layers side by side as
     joint_attention_dim; four equal axes_dims_rope, (32, 32, 32, 32) of attention heads of 128; the VAE's patch_size, and
     statistics of its batch norm; a Qwen3 with the layers 9, 18 and 27; and the scheduler as it is. They are those of
-    diffusers' scripts/convert_flux2_to_diffusers.py, which takes FLUX.1 dev's scheduler and the defaults of AutoencoderKLFlux2.
+    diffusers' scripts/convert_flux2_to_diffusers.py, which takes FLUX.1 dev's scheduler and AutoencoderKLFlux2's defaults.
     """
     torch.manual_seed(0)
     words = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *sorted(ByteLevel.alphabet())]
