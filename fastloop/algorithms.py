@@ -24,6 +24,8 @@ class Algorithm:
 
 FAST = {"ema": {"decay": 0.95}, "optimizer": {"schedule": "linear", "max_grad_norm": 1e-5}}
 
+DLPO = {"dlpo": {"alpha": 5.0, "beta": 1.0}}  # its code's, for rewards of about 1 to 5
+
 ALGORITHMS = {
     # leave-one-out PPO, arXiv 2503.00897; whether the paper takes the min or the clipped term alone could not be read
     "loop": Algorithm("leave_one_out", "clipped", 2),
@@ -35,6 +37,8 @@ ALGORITHMS = {
     "reinforce": Algorithm("batch_mean", "score_function", 1),
     # group-relative advantages as DanceGRPO and Flow-GRPO use them
     "grpo": Algorithm("group_norm", "clipped", 2, advantage_clamp=5.0),
+    # DLPO, arXiv 2405.14632, with the true ratio: rewards less a denoising penalty
+    "dlpo": Algorithm("leave_one_out", "clipped", 2, settings=DLPO),
     # LOOP's advantages on noised final latents, as DiffusionNFT (arXiv 2509.16117) and AWM train: docs/method.md
     "loop_forward": Algorithm("leave_one_out", "forward_process", 1),
     # the same with the settings that learned most from little compute on the bundled model: docs/comparison.md

@@ -29,9 +29,18 @@ class ForwardProcess:
     advantages add up to 0, what they do to all of its images alike cancels. The gradient's mean is the same.
     """
 
-    def __init__(self, config: Config, schedule: Schedule, ops: ModuleType, device: torch.device) -> None:
-        """``ops`` is what `kernels.backend` gives."""
-        self.levels, self.window, self.seed = config.forward.levels, config.forward.window, STREAM | config.seed
+    def __init__(
+        self,
+        config: Config,
+        schedule: Schedule,
+        ops: ModuleType,
+        device: torch.device,
+        levels: int | None = None,
+        window: tuple[int, int] | None = None,
+    ) -> None:
+        """``ops`` is what `kernels.backend` gives; ``levels`` and ``window`` are others than those of ``forward``."""
+        self.levels, self.window = levels or config.forward.levels, window or config.forward.window
+        self.seed = STREAM | config.seed
         self.ops, self.images = ops, config.images_per_prompt
         timesteps, *columns = schedule.levels()
         self._timesteps = timesteps.to(device)

@@ -14,17 +14,36 @@ from fastloop.objectives import NOISE_LOG_PROB, OBJECTIVES, gaussian_kl
 def update_sampling(config: Config) -> SamplingConfig:
     """Return what updates condition the network on: for objectives of final latents the prompt alone, without guidance."""
     guided = OBJECTIVES[config.objective].stored_steps
-    return config.sampling if guided else config.sampling.model_copy(update={"guidance_scale": 1.0})
+    return config.sampling if guided else conditional(config.sampling)
+
+
+def conditional(sampling: SamplingConfig) -> SamplingConfig:
+    """Return what conditions the network on the prompt alone, without guidance."""
+    return sampling.model_copy(update={"guidance_scale": 1.0})
+
+
+def denoising_error(output: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
+    """Return the mean squared error of the predicted noise of noised latents, float32 (B,), as from `ForwardProcess.rows`."""
+    predicted = transition_mean(output, None, batch.x_t, batch.a, batch.b, 1.0)
+    return (predicted - batch.x_prev).square().flatten(1).mean(1)
 
 
 def micro_batch_loss(
-    denoiser, ops: ModuleType, config: Config, batch: MicroBatch, cond, uncond, full: int = 0
+    denoiser,
+    ops: ModuleType,
+    config: Config,
+    batch: MicroBatch,
+    cond,
+    uncond,
+    full: int = 0,
+    noised: MicroBatch | None = None,
 ) -> tuple[PolicyTerms, torch.Tensor, dict[str, torch.Tensor]]:
     """Compute the loss of each row, float32 (B,), with its gradient.
 
     Args:
         ops: what `kernels.backend` gives. cond, uncond: of the rows' prompts, as `Denoiser.encode` gives them. full: rows that
-            the network computes at least, as for `Denoiser.predict`.
+            the network computes at least, as for `Denoiser.predict`. noised: with ``dlpo.gradient``, noised latents of the
+            rows, whose denoising error is part of the loss.
 
     Returns:
         The objective's terms; the whole loss, with KL and weight; and what else is logged of each row, by name.
@@ -50,4 +69,9 @@ def micro_batch_loss(
         distance = gaussian_kl(*means, batch.sigma)
         loss = loss + config.kl.weight * distance
         logged["kl_reference"] = distance.detach()
-    return terms, batch.weight * loss, logged
+    loss = batch.weight * loss
+    if noised is not None:
+        error = denoising_error(denoiser.predict(noised.x_t, noised.timestep, cond, None, full)[0], noised)
+        loss = loss + config.dlpo.beta * error
+        logged["denoising_loss"] = error.detach()
+    return terms, loss, logged

@@ -68,8 +68,9 @@ def _held_text(config: Config) -> str:
 def derived_lines(batches: Batches, denoiser: Denoiser) -> list[str]:
     """Write lines about the arithmetic of an iteration, as the trainer runs it."""
     config, n, kept, micro = batches.config, batches.config.images_per_rollout, batches.kept, batches.micro_batches
-    rollout_forwards = config.sampling.branches * config.sampling.steps
-    update_forwards = update_sampling(config).branches * kept * config.passes_per_rollout
+    penalty = bool(config.dlpo.beta) and config.dlpo.data is None
+    rollout_forwards = config.sampling.branches * config.sampling.steps + penalty
+    update_forwards = (update_sampling(config).branches + config.dlpo.gradient) * kept * config.passes_per_rollout
     of_each = f"{kept} of {len(batches.steps)} trainable steps"
     if not OBJECTIVES[config.objective].stored_steps:
         of_each = f"{kept} noise levels in timesteps {config.forward.window[0]} to {config.forward.window[1]}"
@@ -158,7 +159,8 @@ def network_seconds(batches: Batches, it_per_s: float) -> tuple[float, float]:
     backward = (1 if config.model.adapter == "lora" else 2) + (1 if config.memory.gradient_checkpointing else 0)
     sampled, trained = -(-batches.share // batches.rollout) * batches.rollout, batches.micro_batches * batches.update
     rollout = sampled * config.sampling.steps * config.sampling.branches / it_per_s
-    update = trained * config.updates_per_rollout * update_sampling(config).branches * (1 + backward) / it_per_s
+    branches = update_sampling(config).branches + config.dlpo.gradient
+    update = trained * config.updates_per_rollout * branches * (1 + backward) / it_per_s
     if config.kl.weight:
         update *= (2 + backward) / (1 + backward)
     return rollout, update

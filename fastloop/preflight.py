@@ -25,6 +25,7 @@ from fastloop.machine import compiler_problem, flash_problem
 from fastloop.memory.choosing import Chosen, choose, free_bytes, probed_factor, with_batches
 from fastloop.memory.traces import Traced
 from fastloop.optimizers import optimizer_problem
+from fastloop.penalty import check_pictures
 from fastloop.prompts import Prompt, load_prompts
 from fastloop.ranks import ALONE, Ranks
 from fastloop.recipes import load_config
@@ -120,6 +121,8 @@ def preflight(config: Config, ranks: Ranks = ALONE, resume: bool = False, gpu: b
         eval_size = skeleton.image_size(config.eval_sampling)
     except UserError as error:  # what training has in common with it has passed
         raise UserError(f"eval.{error}" if str(error).startswith("sampling.") else str(error)) from None
+    if config.dlpo.data is not None:
+        check_pictures(config.dlpo.data, prompts, skeleton, config.sampling)
     skeleton.train_adapter(config.memory.gradient_checkpointing, seed=config.seed)
     texts = distinct_texts(config, prompts, eval_prompts)
     config, chosen, traced = _settle(config, skeleton, steps_trained, texts, device, ranks, earlier, gpu)

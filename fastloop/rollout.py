@@ -111,6 +111,11 @@ class Transitions:
         before, after = at.on_host[:, 3:].unbind(1)
         return upload(self.states[before], device), upload(self.states[after], device)
 
+    def final(self, at: At) -> torch.Tensor:
+        """Return the final latents of each row's trajectory, float32 (B, C, H, W), on the device."""
+        last, device = self.states[-len(self.ids) :], at.row.device
+        return last[at.trajectory] if last.device == device else upload(last[at.on_host[:, 1]], device)
+
 
 class Texts:
     """The conditioning of trajectories: encoded once, or for each micro-batch where updates reach the text encoders."""

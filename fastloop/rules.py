@@ -68,7 +68,7 @@ def _of_algorithm(config: Config) -> str | None:
 
 def _of_rows(config: Config) -> str | None:
     """What of the sampler's steps and of noise levels does not go with the objective, which trains one or the other."""
-    if found := _of_noise_steps(config):
+    if found := _of_noise_steps(config) or _of_penalty(config):
         return found
     name, forward, default = config.objective, config.forward, type(config.forward)()
     if OBJECTIVES[name].stored_steps:
@@ -90,6 +90,25 @@ def _of_rows(config: Config) -> str | None:
             )
     if forward.window[1] - forward.window[0] + 1 < forward.levels:
         return f"forward.window: {list(forward.window)} has fewer timesteps than forward.levels={forward.levels}: widen it"
+    return None
+
+
+def _of_penalty(config: Config) -> str | None:
+    dlpo = config.dlpo
+    if dlpo.beta == 0:
+        for key, default in (("gradient", False), ("data", None)):
+            if getattr(dlpo, key) != default:
+                return f"dlpo.{key}: dlpo.beta=0 is no penalty: set beta, or leave it out"
+        return None
+    if not OBJECTIVES[config.objective].stored_steps:
+        return f"dlpo.beta: objective={config.objective} trains on denoising errors itself: set it to 0, or algorithm=dlpo"
+    if dlpo.data is not None and not dlpo.gradient:
+        return "dlpo.data: how your pictures are denoised says nothing of those drawn: set dlpo.gradient=true, or leave it out"
+    if dlpo.gradient and config.engine.zero_stage == 3:
+        return (
+            "dlpo.gradient: engine.zero_stage=3 gathers weights for one forward and its backward: set zero_stage=2, or "
+            "gradient to false"
+        )
     return None
 
 

@@ -13,6 +13,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from fastloop.advantages import ADVANTAGES, finish
@@ -31,6 +32,7 @@ from fastloop.metrics import image_statistics, reward_metrics
 from fastloop.objectives import OBJECTIVES
 from fastloop.observer import UNOBSERVED, Observer
 from fastloop.optimizers import Ema, holding
+from fastloop.penalty import PENALTY
 from fastloop.preflight import compile_problem, confirm, preflight
 from fastloop.prompts import PromptStream, prompt_facts, score_name
 from fastloop.ranks import ALONE, Ranks
@@ -164,9 +166,10 @@ class Trainer:
                     scores = gather_scores(self.rewards, self.ranks, len(repeated))
                 scored = time.perf_counter()
                 # 3. rewards to advantages, one for each trajectory, or for each of its trained steps
-                advantages = self.advantages([prompt.text for prompt in prompts], scores)
+                errors = self.denoising_errors(trajectories, len(repeated))
+                advantages = self.advantages([prompt.text for prompt in prompts], scores, errors)
                 # 4. the first replay must give ratio 1, then the updates
-                metrics = {}
+                metrics = {} if errors is None else {"policy/denoising_loss": float(errors.mean())}
                 with self.observer.phase("update"):
                     if self.iteration == 0 and OBJECTIVES[config.objective].stored_steps:
                         metrics["policy/replay_max_dev"] = self.update.check_replay(trajectories)
@@ -214,11 +217,24 @@ class Trainer:
                 backend=config.kernels,
             )
 
-    def advantages(self, prompts: list[str], scores: Scores) -> torch.Tensor:
-        """Turn scores of P prompts with K images each into float32 (P K,), or (P K S,) where each trained step has its own."""
+    def denoising_errors(self, trajectories: Trajectories, n: int) -> np.ndarray | None:
+        """Return DLPO's penalty of all n trajectories, float64 (n,); ``None`` where there is none for what was drawn."""
+        if not self.config.dlpo.beta or self.config.dlpo.data is not None:
+            return None
+        with self.observer.phase("penalty"), self._rollout_weights():
+            own = self.update.penalty(trajectories)
+        return self.ranks.gather_shares(own[: len(self.ranks.share(n))], n)
+
+    def advantages(self, prompts: list[str], scores: Scores, errors: np.ndarray | None = None) -> torch.Tensor:
+        """Turn scores of P prompts with K images each into float32 (P K,), or (P K S,) where each trained step has its own.
+
+        ``errors``: as from `denoising_errors`.
+        """
         groups = -1, self.config.images_per_prompt
         terms = {label: torch.from_numpy(values).view(groups) for label, values in scores.normalized.items()}
-        weights = {reward.key: reward.weight for reward in self.config.rewards}
+        weights = {reward.key: self.config.dlpo.alpha * reward.weight for reward in self.config.rewards}
+        if errors is not None:
+            terms[PENALTY], weights[PENALTY] = torch.from_numpy(errors).view(groups), -self.config.dlpo.beta
         found = self.advantage(prompts, terms, weights)
         return finish(found, self.config.advantage_clamp, self.config.normalize_advantages).flatten()
 

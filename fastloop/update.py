@@ -19,6 +19,7 @@ from fastloop.losses import micro_batch_loss, update_sampling
 from fastloop.objectives import OBJECTIVES
 from fastloop.observer import UNOBSERVED, Observer
 from fastloop.optimizers import Ema
+from fastloop.penalty import DenoisingPenalty
 from fastloop.ranks import Ranks
 from fastloop.rollout import Texts, Trajectories, Transitions
 from fastloop.transitions import TransitionTable
@@ -57,6 +58,7 @@ class PolicyUpdate:
         self.ops = kernels.backend(config.kernels, self.device)
         self.rows, self.batches = Rows.of(config.images_per_rollout, steps), Batches(config, steps, ranks.world)
         self.skipped = 0
+        self.penalty = DenoisingPenalty(config, denoiser, table.schedule, self.ops) if config.dlpo.beta else None
         self.forward = None  # where rows are steps of the sampler
         if not OBJECTIVES[config.objective].stored_steps:
             self.forward = ForwardProcess(config, table.schedule, self.ops, self.device)
@@ -92,7 +94,7 @@ class PolicyUpdate:
         of_row = advantages.cpu()
         if len(of_row) != len(self.rows):
             of_row = of_row[self.rows.trajectory]
-        teaches = (of_row != 0).numpy() | (config.kl.weight > 0)
+        teaches = (of_row != 0).numpy() | (config.kl.weight > 0) | config.dlpo.gradient
         transitions = trajectories.transitions(self.steps)
         own = of_row[self._own_rows()].to(self.device)
         text = Texts(self.denoiser, trajectories.prompts, update_sampling(config))
@@ -101,6 +103,7 @@ class PolicyUpdate:
             "loss",
             *([] if self.forward is None else DENOISING),
             *(["kl_reference"] if config.kl.weight else []),
+            *(["denoising_loss"] if config.dlpo.gradient else []),
         ]
         found, norms, ran = [], [], []  # of each update that took a step: statistics, gradient norm, rows
         total = sum(map(len, updates))
@@ -128,6 +131,8 @@ class PolicyUpdate:
             return metrics
         if config.kl.weight:
             metrics["policy/kl_reference"] = sum(update["kl_reference"] for update in found) / sum(map(len, ran))
+        if config.dlpo.gradient:
+            metrics["policy/denoising_loss"] = sum(update["denoising_loss"] for update in found) / sum(map(len, ran))
         if self.forward is None:
             return metrics | _ratio_metrics(found, [len(rows) for rows in ran])
         return metrics | _denoising_metrics(found, of_row[np.concatenate(ran)])
@@ -180,7 +185,12 @@ class PolicyUpdate:
         else:
             columns = {name: column[at.step] for name, column in self._columns.items()} | {"x_t": before, "x_prev": after}
         batch = MicroBatch(**columns, log_prob_old=log_prob_old, advantage=advantages[at.row], trajectory=number, step=at.step)
-        return micro_batch_loss(self.denoiser, self.ops, self.config, batch, *text.of(at), full or self.batches.update)
+        noised = None
+        if self.config.dlpo.gradient:
+            prompts = [text.prompts[k] for k in at.on_host[:, 1].tolist()]
+            noised = self.penalty.rows(transitions.final(at), number, prompts)
+        full = full or self.batches.update
+        return micro_batch_loss(self.denoiser, self.ops, self.config, batch, *text.of(at), full, noised)
 
     def check_replay(self, trajectories: Trajectories) -> float:
         """Replay the first rollout batch of each rank as it was sampled: every ratio must be 1. Returns max |ratio - 1|.

@@ -15,7 +15,15 @@ from fastloop.config.data import EvalConfig, PromptsConfig, RewardConfig
 from fastloop.config.model import ModelConfig, SamplingConfig
 from fastloop.config.running import CheckpointConfig, EngineConfig, ExportConfig, MemoryConfig, TrackingConfig
 from fastloop.config.strict import Fraction, Positive, Seed, Strict
-from fastloop.config.training import EmaConfig, ForwardConfig, KlConfig, LastStepsConfig, OptimizerConfig, SafetyConfig
+from fastloop.config.training import (
+    DlpoConfig,
+    EmaConfig,
+    ForwardConfig,
+    KlConfig,
+    LastStepsConfig,
+    OptimizerConfig,
+    SafetyConfig,
+)
 
 
 class Config(Strict):
@@ -57,6 +65,7 @@ class Config(Strict):
     )
     last_steps: LastStepsConfig = Field(LastStepsConfig(), description="how much the last denoising steps are trained")
     forward: ForwardConfig = Field(ForwardConfig(), description="the noise levels that `forward_process` trains")
+    dlpo: DlpoConfig = Field(DlpoConfig(), description="the denoising penalty of `algorithm: dlpo`")
     clip_range: Annotated[float, Field(gt=0)] = Field(
         1e-4,
         description="eps of the ratio's window, for log-probs that are means over the latent's elements; "

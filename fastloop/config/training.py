@@ -28,6 +28,27 @@ class ForwardConfig(Strict):
     )
 
 
+class DlpoConfig(Strict):
+    """DLPO's reward, alpha r - beta d: d is how badly the trained model denoises the picture, at a random level."""
+
+    alpha: Annotated[float, Field(gt=0)] = Field(
+        1.0, description="alpha, factor of the weighted sum of rewards; alpha and beta follow the rewards' scale"
+    )
+    beta: Annotated[float, Field(ge=0)] = Field(
+        0.0,
+        description="beta, factor of the mean squared error of the predicted noise, which is about 0.01 to 1; 0: no penalty",
+    )
+    gradient: bool = Field(
+        False, description="whether the error's own gradient is trained on too, as in DLPO's code; costs a forward"
+    )
+    data: str | None = Field(
+        None,
+        min_length=1,
+        description="with `gradient`: pictures of your own to denoise in place of those drawn, as in DLPO's code: a .jsonl "
+        "file with `prompt` and `image`, a path beside it; null: those drawn",
+    )
+
+
 class KlConfig(Strict):
     """Gaussian KL to the model before training, per trained step: the adapter off, or a frozen copy."""
 

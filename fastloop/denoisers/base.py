@@ -50,6 +50,7 @@ class Denoiser(TextEncoding, Adapters, Residence, Export):
     sequence_length: int | None = None  # the pipeline's default of ``model.max_sequence_length``, where it has one
     lora_targets = ["to_q", "to_k", "to_v", "to_out.0"]  # modules of the network that adapters are for
     text_targets: list[str] | None = ["q_proj", "k_proj", "v_proj", "out_proj"]  # and of text encoders, CLIP's attention
+    encodes_pictures = True  # by `encode_picture`
     caution: str | None = None  # what `plan` and a run's start say against training this model, in one line
     absent_is_zero = False  # whether an absent negative prompt is zeros, not the embedding of an empty text
 
@@ -332,6 +333,14 @@ class Denoiser(TextEncoding, Adapters, Residence, Export):
             raise RunFailed("the decoded pictures are not finite, in float32 either: the latents or the VAE are broken")
         return self.to_bytes(x).cpu().numpy()
 
+    @torch.no_grad()
+    def encode_picture(self, picture: np.ndarray) -> torch.Tensor:
+        """Return the latents, float32 (C, H, W), of a picture, uint8 (height, width, 3): what `decode` makes it of, about."""
+        pixels = torch.from_numpy(picture).to(self.device).permute(2, 0, 1)[None] / 127.5 - 1
+        with self._present(self.vae):
+            latents = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist.mode().float()
+        return self._scaled(latents)[0]
+
     def to_pictures(self, latents: torch.Tensor) -> torch.Tensor:
         """Return what the VAE makes of latents, in its dtype, as float32 (n, 3, height, width) in about [-1, 1]."""
         return self.vae.decode(self._unscaled(latents).to(self.vae.dtype), return_dict=False)[0].float()
@@ -344,7 +353,17 @@ class Denoiser(TextEncoding, Adapters, Residence, Export):
 
     def _unscaled(self, latents: torch.Tensor) -> torch.Tensor:
         """The VAE's own latents of those that are denoised."""
-        config, scale, shift = self.vae.config, 1.0, self.vae.config.shift_factor or 0.0
+        scale, shift = self._scaling(latents)
+        return latents * scale / self.vae.config.scaling_factor + shift
+
+    def _scaled(self, latents: torch.Tensor) -> torch.Tensor:
+        """Latents to be denoised of the VAE's own."""
+        scale, shift = self._scaling(latents)
+        return (latents - shift) * self.vae.config.scaling_factor / scale
+
+    def _scaling(self, latents: torch.Tensor) -> tuple:
+        """Factor, beside ``scaling_factor``, and summand from latents that are denoised to the VAE's own."""
+        config = self.vae.config
         if config.latents_mean is not None and config.latents_std is not None:
-            scale, shift = (latents.new_tensor(v).view(1, -1, 1, 1) for v in (config.latents_std, config.latents_mean))
-        return latents * scale / config.scaling_factor + shift
+            return tuple(latents.new_tensor(v).view(1, -1, 1, 1) for v in (config.latents_std, config.latents_mean))
+        return 1.0, config.shift_factor or 0.0

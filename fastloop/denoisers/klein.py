@@ -34,6 +34,7 @@ class Klein(TransformerDenoiser):
     lora_targets = [*TransformerDenoiser.lora_targets, "to_qkv_mlp_proj", "to_out"]
     own_latent_size = OWN_SIZE // PATCH
     size_unit = 1
+    encodes_pictures = False
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)

@@ -235,7 +235,8 @@ def update_loss(denoiser: Denoiser, config: Config, ops: ModuleType, batch: int)
     vectors = dict.fromkeys(("a", "b", "sigma", "log_prob_old", "advantage", "weight"), row)
     number = row.long()
     rows = MicroBatch(x_t=x, x_prev=torch.empty_like(x), **vectors, trajectory=number, step=number, timestep=t)
-    return micro_batch_loss(denoiser, ops, config, rows, *text)[1].sum()
+    noised = rows if config.dlpo.gradient else None
+    return micro_batch_loss(denoiser, ops, config, rows, *text, noised=noised)[1].sum()
 
 
 def size_of(tensor: torch.Tensor) -> int:
