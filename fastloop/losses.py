@@ -67,6 +67,8 @@ def micro_batch_loss(
             transition_mean(*of, batch.x_t, batch.a, batch.b, config.sampling.guidance_scale) for of in (outputs, reference)
         )
         distance = gaussian_kl(*means, batch.sigma)
+        if batch.kl is not None:
+            distance = batch.kl * distance
         loss = loss + config.kl.weight * distance
         logged["kl_reference"] = distance.detach()
     loss = batch.weight * loss

@@ -17,6 +17,7 @@ from torch import Tensor
 if TYPE_CHECKING:  # the kernels' specification takes the objectives from here
     from fastloop.config import Config
     from fastloop.kernels.reference import MicroBatch, PolicyTerms
+    from fastloop.transitions import TransitionTable
 
 Outputs = tuple[Tensor, Tensor | None]  # of the denoiser, with the prompt and without
 NOISE_SIGMA = 0.5**0.5  # of a forward process's rows: -log p is then the squared error of the noise and a constant,
@@ -107,6 +108,16 @@ OBJECTIVES = {
         Objective("forward_process", forward_process, uses_ratio=False, stored_steps=False),
     )
 }
+
+
+def kl_factors(table: TransitionTable, form: str) -> torch.Tensor:
+    """Return what a form of the KL is, at each step, in units of `gaussian_kl`: float64 (T,); 0 for steps without noise.
+
+    `epsilon` is the mean of (eps_hat - eps_ref)^2, of predictions eps_hat = ex x + em m that a step's mean moves with by b m.
+    """
+    if form == "gaussian":
+        return torch.ones_like(table.sigma)
+    return torch.where(table.trainable, 2 * (table.sigma * table.em / table.b).square(), 0.0)
 
 
 def gaussian_kl(mean: torch.Tensor, mean_reference: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:

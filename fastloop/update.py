@@ -16,7 +16,7 @@ from fastloop.errors import RunFailed
 from fastloop.forward import ForwardProcess
 from fastloop.kernels.reference import STATISTICS, MicroBatch, PolicyTerms
 from fastloop.losses import micro_batch_loss, update_sampling
-from fastloop.objectives import OBJECTIVES
+from fastloop.objectives import OBJECTIVES, kl_factors
 from fastloop.observer import UNOBSERVED, Observer
 from fastloop.optimizers import Ema
 from fastloop.penalty import DenoisingPenalty
@@ -64,6 +64,7 @@ class PolicyUpdate:
             self.forward = ForwardProcess(config, table.schedule, self.ops, self.device)
             return
         columns = {"a": table.a, "b": table.b, "sigma": table.sigma, "weight": step_weights(table, steps, config)}
+        columns["kl"] = kl_factors(table, config.kl.form)
         self._columns = {name: column.float().to(self.device) for name, column in columns.items()}
         self._columns["timestep"] = table.timesteps.to(self.device)
 

@@ -43,6 +43,7 @@ class MicroBatch:
         log_prob_old: float32 (B,), at the rollout. advantage: float32 (B,).
         trajectory, step: int64 (B,), what keyed the noise of x_prev; only a KL to the policy that sampled needs them.
         timestep: int64, of a flow float32 (B,), what the denoiser is called with. weight: float32 (B,), factor of the loss.
+        kl: float32 (B,), factor of the Gaussian KL to the reference, as from `kl_factors`; ``None``: 1.
     """
 
     x_t: torch.Tensor
@@ -56,6 +57,7 @@ class MicroBatch:
     step: torch.Tensor | None = None
     timestep: torch.Tensor | None = None
     weight: torch.Tensor | None = None
+    kl: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)

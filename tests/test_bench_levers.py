@@ -42,6 +42,7 @@ TABLE = TransitionTable(
     torch.tensor([1.2, 1.1, 0.9], dtype=torch.float64),
     torch.tensor([-0.8, -0.6, -0.7], dtype=torch.float64),
     torch.tensor([0.7, 0.5, 0.4], dtype=torch.float64),
+    torch.ones(3, dtype=torch.float64),
     NoiseSchedule(torch.linspace(0.99, 0.2, 40, dtype=torch.float64), "epsilon"),
 )
 GAINS, SHIFTS = [0.3, -0.2, 0.4], [0.5, 0.3, -0.4]

@@ -344,7 +344,7 @@ WRONG_VALUES = [
     ),
     (
         "algorithm: lop",
-        "algorithm: input should be 'loop', 'rloo', 'ppo', 'reinforce', 'grpo', 'dlpo', 'loop_forward' or 'loop_fast', got 'lop'",
+        "algorithm: input should be 'loop', 'rloo', 'ppo', 'reinforce', 'grpo', 'dlpo', 'loop_forward' or 'loop_fast', got",
     ),
     ("algorithm: [loop]", "algorithm: input should be 'loop'"),
     ("algorithm: {name: loop}", "algorithm: input should be 'loop'"),

@@ -183,7 +183,10 @@ def brute_force(trainer: Trainer, trajectories, advantages, at: Weights, initial
     }[config.objective]
     factor = torch.ones(len(table), dtype=torch.float64)
     factor[-config.last_steps.count :] = config.last_steps.weight
-    penalty = config.kl.weight * kl_divergence(current, reference).flatten(1).mean(1)
+    distance = kl_divergence(current, reference)
+    if config.kl.form == "epsilon":  # of a model that predicts it: the means differ by b times as much
+        distance = ((current.mean - reference.mean) / b).square()
+    penalty = config.kl.weight * distance.flatten(1).mean(1)
     ((penalty - maximised) * factor[step]).mean().backward()
     return {name: p.grad for name, p in own.items()}, ratio.detach()
 
@@ -208,7 +211,7 @@ def test_an_updates_gradient_is_that_of_the_formula_in_float64(
         updates_per_rollout=passes,
         passes_per_rollout=passes,
         clip_range=1e-3 if adapter == "lora" else 5e-4,
-        kl={"weight": 0.1},  # about as large a gradient as the policy's
+        kl={"weight": 0.1, "form": "epsilon" if objective == "clip_only" else "gaussian"},  # about as large as the policy's
         last_steps={"weight": 0.5},
         optimizer={"lr": 2e-2 if adapter == "lora" else 1e-4},
         memory={"gradient_checkpointing": checkpointing},

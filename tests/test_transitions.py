@@ -9,6 +9,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 from torch.distributions import Normal
 
+from fastloop.objectives import gaussian_kl, kl_factors
 from fastloop.transitions import TransitionTable, transition_table
 from fastloop.transitions.ddim import _CLASS_DEFAULTS, _DEFAULTS
 
@@ -371,3 +372,19 @@ def test_as_many_steps_as_timesteps_do_not_fit_behind_an_offset() -> None:
 def test_eta_outside_zero_to_one_is_refused(eta: float) -> None:
     with pytest.raises(ValueError, match=f"^eta={eta}: "):
         transition_table(SD, 10, eta)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_the_kl_of_form_epsilon_is_the_squared_distance_of_the_predicted_noises(prediction: str) -> None:
+    table = transition_table(SD | {"prediction_type": prediction}, 10, 1.0)
+    x, one, two = torch.randn(3, 10, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    alphas = table.schedule.alphas[table.timesteps].view(-1, 1)
+    if prediction == "sample":
+        noises = [(x - alphas.sqrt() * m) / (1 - alphas).sqrt() for m in (one, two)]
+    else:
+        noises = [m if prediction == "epsilon" else alphas.sqrt() * m + (1 - alphas).sqrt() * x for m in (one, two)]
+    means = [table.a.view(-1, 1) * x + table.b.view(-1, 1) * m for m in (one, two)]
+    found = kl_factors(table, "epsilon") * gaussian_kl(*means, table.sigma)
+    torch.testing.assert_close(found, (noises[0] - noises[1]).square().mean(1))
+    assert kl_factors(table, "gaussian").equal(torch.ones(10, dtype=torch.float64))
+    assert not kl_factors(transition_table(SD, 10, 0.0), "epsilon").any()

@@ -50,10 +50,15 @@ class DlpoConfig(Strict):
 
 
 class KlConfig(Strict):
-    """Gaussian KL to the model before training, per trained step: the adapter off, or a frozen copy."""
+    """KL to the model before training, per trained step: the adapter off, or a frozen copy."""
 
     weight: Annotated[float, Field(ge=0)] = Field(
-        0.0, description="factor in the loss of the Gaussian KL to the model before training; 0: off"
+        0.0, description="factor in the loss of the KL to the model before training; 0: off"
+    )
+    form: Literal["gaussian", "epsilon"] = Field(
+        "gaussian",
+        description="the KL of the step's two Gaussians, or DPOK's squared distance of the two predicted noises, which is "
+        "2 sigma^2 em^2 / b^2 times as much",
     )
 
 

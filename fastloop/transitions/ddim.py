@@ -139,7 +139,7 @@ def ddim_table(scheduler_config: Mapping[str, Any], steps: int, eta: float) -> T
     direction = (1 - alpha_next - sigma**2).clamp(min=0).sqrt()  # the factor of eps in the mean
     a = alpha_next.sqrt() * cx + direction * ex
     b = alpha_next.sqrt() * cm + direction * em
-    return TransitionTable(timesteps, a, b, sigma, schedule)
+    return TransitionTable(timesteps, a, b, sigma, em, schedule)
 
 
 def _checked_settings(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -85,4 +85,4 @@ def flow_table(scheduler_config: Mapping[str, Any], eta: float, noise: str, time
         g_squared[-1] = 0
         a, b = 1 + g_squared * ds / (2 * s), (1 + g_squared * (1 - s) / (2 * s)) * ds
         sigma = (g_squared * -ds).sqrt()
-    return TransitionTable(scheduler.timesteps, a, b, sigma, FlowSchedule(scheduler.config.num_train_timesteps))
+    return TransitionTable(scheduler.timesteps, a, b, sigma, 1 - s, FlowSchedule(scheduler.config.num_train_timesteps))

@@ -34,6 +34,7 @@ class TransitionTable:
     a: torch.Tensor  # float64 (T,): factor of the latents x
     b: torch.Tensor  # float64 (T,): factor of the (guided) model output m
     sigma: torch.Tensor  # float64 (T,): standard deviation of the noise
+    em: torch.Tensor  # float64 (T,): factor of the output m in the noise that it predicts, eps = ex x + em m
     schedule: Schedule  # of the model, which the table was made of
 
     def __len__(self) -> int:
