@@ -16,7 +16,7 @@ PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
     *sorted((ROOT / "docs").glob("*.md")),
-    ROOT / "fastloop/assets/shapes/README.md",
+    *sorted((ROOT / "fastloop/assets").glob("*/README.md")),
     ROOT / "bench/README.md",
 ]
 

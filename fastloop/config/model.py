@@ -46,8 +46,8 @@ class ModelConfig(Strict):
     path: str | None = Field(
         "assets:shapes",
         min_length=1,
-        description="`assets:shapes` (the bundled model), a diffusers folder, or a hub id `OWNER/NAME`; "
-        "null beside `model.random_init`",
+        description="`assets:shapes` or `assets:shapes_flow` (the bundled models), a diffusers folder, or a hub id "
+        "`OWNER/NAME`; null beside `model.random_init`",
     )
     random_init: Literal["sd15", "sd2", "sdxl", "sd35_medium", "flux_dev", "klein_base_4b"] | None = Field(
         None,
