@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from known_traces import trace_nothing
 from PIL import Image
 from recorded import same, weights
 
@@ -149,7 +150,9 @@ def test_what_does_not_go_together_is_refused_in_one_line(make_config, changes, 
     assert says in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_the_plan_counts_the_forwards_of_the_errors(make_config):
+def test_the_plan_counts_the_forwards_of_the_errors(make_config, monkeypatch):
+    trace_nothing(monkeypatch)
+
     def work(**changes) -> tuple[str, str]:
         lines = plan(make_config(**{"algorithm": "dlpo", **changes}))
         (forwards,) = (line.split(": ")[1] for line in lines if line.startswith("work"))

@@ -336,7 +336,7 @@ class Denoiser(TextEncoding, Adapters, Residence, Export):
     @torch.no_grad()
     def encode_picture(self, picture: np.ndarray) -> torch.Tensor:
         """Return the latents, float32 (C, H, W), of a picture, uint8 (height, width, 3): what `decode` makes it of, about."""
-        pixels = torch.from_numpy(picture).to(self.device).permute(2, 0, 1)[None] / 127.5 - 1
+        pixels = torch.tensor(picture, device=self.device).permute(2, 0, 1)[None] / 127.5 - 1
         with self._present(self.vae):
             latents = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist.mode().float()
         return self._scaled(latents)[0]
