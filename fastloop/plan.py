@@ -16,6 +16,8 @@ from fastloop.objectives import OBJECTIVES
 from fastloop.preflight import Checked, compile_problem, distinct_texts, preflight
 from fastloop.prompts import Prompt, prompt_facts
 
+CARDS = (8, 12, 16, 24, 32, 40, 48, 80, 96, 141, 180)  # GiB of memory of GPUs, about
+
 
 def plan(config: Config, ranks: int = 1, gpu: bool = False, it_per_s: float | None = None) -> list[str]:
     """Write lines of text about a configuration. Reads configs and prompts, loads no weights.
@@ -209,6 +211,9 @@ def _memory_lines(config: Config, checked: Checked, ranks: int, on_gpu: bool) ->
     lines += ["peak by phase"]
     lines += [f"  {name:<26}{size_text(size):>12}" for name, size in found.phases.items()]
     lines.append(f"  {'peak':<26}{size_text(found.peak):>12}")
+    if on_gpu:
+        card = next((f"{gib} GB" for gib in CARDS if found.peak <= gib * 2**30), "none")
+        lines.append(f"  {'smallest card with that':<26}{card:>12}")
     if found.host:
         lines += ["in the host's memory", *(f"  {name:<26}{size_text(size):>12}" for name, size in found.host.items())]
     lines.append("not counted: work space of operators, the allocator's slack, the reward's own model")

@@ -16,6 +16,7 @@ from fastloop.denoisers import build_skeleton, ready_denoiser
 from fastloop.engines.torch import TorchEngine
 from fastloop.errors import UserError
 from fastloop.kernels.reference import MicroBatch, policy_loss
+from fastloop.memory.estimates import MemoryNeeds
 from fastloop.memory.traces import LiveBytes, Traced
 from fastloop.plan import derived_lines, plan, planned_memory, prompts_line, time_lines
 from fastloop.preflight import preflight
@@ -297,6 +298,14 @@ def test_a_gpu_is_planned_with_what_runs_there(make_config):
     """Fused norms and gates keep less."""
     fused, stock = (planned_memory(make_config(kernels=kernels), gpu=True) for kernels in ("triton", "reference"))
     assert fused.phases["update"] < stock.phases["update"]
+
+
+def test_a_plan_for_a_gpu_names_the_smallest_card_that_has_the_peak(make_config, monkeypatch, untraced):
+    for size, card in ((1000, "8 GB"), (7 * 2**30, "8 GB"), (20 * 2**30, "24 GB"), (44 * 2**30, "48 GB"), (2**40, "none")):
+        monkeypatch.setattr("fastloop.plan.memory_needs", lambda *_, peak=size: MemoryNeeds({}, {"update": peak}, {}))
+        (line,) = (line for line in plan(make_config(), gpu=True) if "smallest card" in line)
+        assert line.split("  ")[-1].strip() == card
+    assert not any("smallest card" in line for line in plan(make_config()))
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
