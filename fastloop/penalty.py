@@ -19,6 +19,7 @@ from PIL import Image
 
 from fastloop.config import Config, SamplingConfig
 from fastloop.denoisers.base import Denoiser
+from fastloop.denoisers.residence import upload
 from fastloop.errors import UserError
 from fastloop.forward import ForwardProcess
 from fastloop.kernels.reference import MicroBatch
@@ -48,15 +49,17 @@ class DenoisingPenalty:
                 found.setdefault(prompt, []).append(self.denoiser.encode_picture(picture).cpu())
         return found
 
-    def rows(self, latents: torch.Tensor, number: torch.Tensor, prompts: list[str]) -> MicroBatch:
-        """Noise final latents, float32 (B, ...), of the trajectories of these numbers, int64 (B,), and prompts.
+    def pictures(self, prompts: list[str], numbers: list[int]) -> torch.Tensor:
+        """Return the latents of one of each prompt's own pictures, float32 (B, ...): the trajectories' numbers choose them."""
+        own = [self.latents[prompt] for prompt in prompts]
+        chosen = torch.stack([of[n % len(of)] for of, n in zip(own, numbers, strict=True)])
+        return upload(chosen, self.denoiser.device)
 
-        With pictures of the user's each prompt has one of its own instead, and noise that no other trajectory has.
+    def rows(self, latents: torch.Tensor, number: torch.Tensor) -> MicroBatch:
+        """Noise final latents, float32 (B, ...), of the trajectories of these numbers, int64 (B,), on the device.
+
+        Where they are of the user's pictures every trajectory has noise of its own.
         """
-        if self.latents is not None:
-            own = [self.latents[prompt] for prompt in prompts]
-            chosen = [of[n % len(of)] for of, n in zip(own, number.tolist(), strict=True)]
-            latents = torch.stack(chosen).to(number.device)
         key = number if self.latents is None else number * self.process.images  # a group for each
         zero = torch.zeros_like(number)
         columns = self.process.rows(latents, key, zero)
@@ -71,7 +74,7 @@ class DenoisingPenalty:
         final, transitions = trajectories.latents[-1], trajectories.transitions(torch.zeros(1, dtype=torch.int64))
         for chosen in torch.arange(len(trajectories.prompts)).split(size):
             latents, number = (of.to(self.denoiser.device) for of in (final[chosen], trajectories.ids[chosen]))
-            batch = self.rows(latents, number, [trajectories.prompts[i] for i in chosen.tolist()])
+            batch = self.rows(latents, number)
             cond, _ = text.of(transitions.at(chosen))
             output, _ = self.denoiser.predict(batch.x_t, batch.timestep, cond, None, min(size, len(trajectories.prompts)))
             found.append(denoising_error(output, batch))

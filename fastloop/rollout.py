@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -97,6 +98,11 @@ class Transitions:
 
     def __len__(self) -> int:
         return len(self.step)
+
+    @cached_property
+    def numbers(self) -> list[int]:
+        """The numbers of the trajectories on the host, for which it waits once."""
+        return self.ids.tolist()
 
     def at(self, rows: torch.Tensor) -> At:
         """Say where rows (int64 (B,), on the host) stand, in one copy to the device that the host does not wait for."""

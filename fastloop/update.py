@@ -188,8 +188,13 @@ class PolicyUpdate:
         batch = MicroBatch(**columns, log_prob_old=log_prob_old, advantage=advantages[at.row], trajectory=number, step=at.step)
         noised = None
         if self.config.dlpo.gradient:
-            prompts = [text.prompts[k] for k in at.on_host[:, 1].tolist()]
-            noised = self.penalty.rows(transitions.final(at), number, prompts)
+            if self.config.dlpo.data is None:
+                latents = transitions.final(at)
+            else:
+                places = at.on_host[:, 1].tolist()
+                numbers = [transitions.numbers[k] for k in places]
+                latents = self.penalty.pictures([text.prompts[k] for k in places], numbers)
+            noised = self.penalty.rows(latents, number)
         full = full or self.batches.update
         return micro_batch_loss(self.denoiser, self.ops, self.config, batch, *text.of(at), full, noised)
 

@@ -117,7 +117,9 @@ def test_pictures_of_the_users_are_denoised_where_they_are_given(make, tmp_path)
     pixels = torch.from_numpy(np.asarray(Image.open(tmp_path / "2.png"))).permute(2, 0, 1)[None] / 127.5 - 1
     own = denoiser.vae.encode(pixels).latent_dist.mode() * denoiser.vae.config.scaling_factor
     torch.testing.assert_close(penalty.latents["dog"][0], own[0].detach())
-    made = penalty.rows(torch.zeros(2, *own.shape[1:]), torch.tensor([4, 5]), ["dog", "dog"])
+    chosen = penalty.pictures(["cat", "cat", "dog"], [4, 5, 5])
+    assert chosen[0].equal(penalty.latents["cat"][0]) and chosen[1].equal(penalty.latents["cat"][1])
+    made = penalty.rows(chosen, torch.tensor([4, 5, 6]))
     assert not made.x_prev[0].equal(made.x_prev[1])
     trainer.train()
     row = read_rows(trainer.folder / "metrics.jsonl")[0]

@@ -213,6 +213,10 @@ def save(pipeline: DiffusionPipeline, folder: Path, log: list[dict], args: argpa
     # transformers would take half precision for these parts from their configs, diffusers loads the others in float32
     for file in folder.glob("text_encoder*/config.json"):
         file.write_text(json.dumps(json.loads(file.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
+    for file in folder.glob("*/config.json"):  # where a part was loaded from is a path of this machine
+        values = json.loads(file.read_text())
+        if values.pop("_name_or_path", None) is not None:
+            file.write_text(json.dumps(values, indent=2) + "\n")
     for name, dtype in dtypes.items():
         getattr(pipeline, name).to(dtype).load_state_dict(weights[name])
     header = {"settings": settings_of(args), "torch": torch.__version__, "machine": platform.machine(), "cpus": os.cpu_count()}
