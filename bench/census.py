@@ -57,7 +57,7 @@ from baseline_ppo import BaselinePPO, Settings, load_pipeline
 from census_counter import Counted, Counter, Saved
 from fake_gpu import DEVICE, fake_gpu
 from markdown_tables import padded
-from throughput_systems import LORA_RANK, case_config
+from throughput_systems import FLOWS, LORA_RANK, case_config
 from throughput_systems import MODELS as ALL
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -70,7 +70,7 @@ from fastloop.machine import version_of
 from fastloop.memory.traces import inputs, make_fake
 
 OVERRIDES = ["model.dtype=bf16", "memory.gradient_checkpointing=false", "kernels=triton"]
-MODELS = [name for name in ALL if name != "shapes_flow"]  # those with a UNet
+MODELS = [name for name in ALL if name not in FLOWS]
 ADAPTERS = ("lora", "full")
 PACKAGES = ("torch", "diffusers", "peft", "transformers", "triton")  # whose versions the counts depend on
 RECORD = "python bench/census.py --out bench/results"

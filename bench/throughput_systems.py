@@ -81,6 +81,7 @@ MODELS = {  # what differs; batch: images per forward, the same in sampling and 
         "memory": {"gradient_checkpointing": True},
     },
 }
+FLOWS = ("shapes_flow",)  # of these, the models without a UNet
 LORA_RANK = 4  # TRL's, which cannot be set
 
 
@@ -182,7 +183,7 @@ def command_of(system: str, model: str, adapter: str, overrides: list[str], fold
 
 def for_peer(model: str) -> bool:
     """Say whether TRL's trainer has this model."""
-    return model not in ("sdxl", "shapes_flow")
+    return model not in ("sdxl", *FLOWS)
 
 
 def peer_case(config: Config, folder: Path, threads: int) -> dict:
