@@ -155,7 +155,7 @@ def make_config(tiny_sd, tmp_path):
 @pytest.fixture
 def no_report(monkeypatch):
     """The figures of the report take longer than a small run."""
-    monkeypatch.setattr("fastloop.trainer.write_report", lambda folder: None)
+    monkeypatch.setattr("fastloop.training_run.write_report", lambda folder: None)
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fastloop import trainer as trainer_module
+from fastloop import training_run
 from fastloop.denoisers import load_denoiser, ready_denoiser
 from fastloop.engines.torch import TorchEngine
 from fastloop.runs import open_model
@@ -80,8 +80,8 @@ def test_evaluation_sees_the_average_and_the_next_rollout_the_newest_weights(con
         seen.append(same(dict(trainer.parameters), rounded(trainer.engine.masters)))
         return own_rollout(*args)
 
-    own, own_rollout = trainer_module.evaluate, trainer.rollout
-    monkeypatch.setattr(trainer_module, "evaluate", evaluate)
+    own, own_rollout = training_run.evaluate, trainer.rollout
+    monkeypatch.setattr(training_run, "evaluate", evaluate)
     monkeypatch.setattr(trainer, "rollout", rollout)
     trainer.train()
     assert seen == [True] * 4  # two evaluations, two rollouts

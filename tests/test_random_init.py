@@ -92,7 +92,7 @@ def test_random_weights_are_the_same_in_every_process_and_leave_the_random_numbe
 
 @pytest.mark.parametrize("adapter", ["lora", "full"])
 def test_a_model_without_files_trains_resumes_and_is_exported(make_config, tiny_architecture, tmp_path, monkeypatch, adapter):
-    monkeypatch.setattr("fastloop.trainer.write_report", lambda folder: None)  # takes longer than these runs
+    monkeypatch.setattr("fastloop.training_run.write_report", lambda folder: None)  # takes longer than these runs
 
     def config(folder: str, iterations: int):
         model = {"path": None, "random_init": "sd15", "adapter": adapter}

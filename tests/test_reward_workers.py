@@ -318,7 +318,7 @@ def test_what_could_not_be_scored_is_saved_with_its_prompts(make, tmp_path):
 @pytest.mark.parametrize("name, says", [("die", "its process ended"), ("hang", "has not answered for 0.5 s")])
 def test_a_run_whose_reward_dies_or_hangs_ends_with_a_checkpoint_and_the_prompts(make_config, module, monkeypatch, name, says):
     module.held.clear()
-    monkeypatch.setattr("fastloop.trainer.write_report", lambda folder: None)
+    monkeypatch.setattr("fastloop.training_run.write_report", lambda folder: None)
     reward = {"name": f"apart:{name}", "timeout": 0.5, "worker": "process" if name == "die" else "thread"}
     prompts = module.__file__.replace("apart.py", "dogs.txt")
     with open(prompts, "w") as file:
@@ -387,7 +387,7 @@ def test_in_evaluation_nothing_is_normalised(make):
 
 
 def test_running_normalisation_is_in_the_checkpoint(make_config, module, monkeypatch):
-    monkeypatch.setattr("fastloop.trainer.write_report", lambda folder: None)
+    monkeypatch.setattr("fastloop.training_run.write_report", lambda folder: None)
     reward = {"name": "jpeg_incompressibility", "normalize": "running"}
     trainer = Trainer(make_config(rewards=[reward]))
     trainer.train()

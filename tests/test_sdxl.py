@@ -202,7 +202,7 @@ FULL = {"adapter": "full"}
 @pytest.fixture
 def make_run(make_config, tiny_sdxl, tmp_path, monkeypatch):
     """A function that trains a tiny SDXL in a folder of that name."""
-    monkeypatch.setattr("fastloop.trainer.write_report", lambda folder: None)  # takes longer than these runs
+    monkeypatch.setattr("fastloop.training_run.write_report", lambda folder: None)  # takes longer than these runs
 
     def make(name: str, resume: bool = False, model: dict | None = None, **changes) -> Trainer:
         small = {"eval": FEW, "checkpoint": {"every": 1, "keep": 9}, "memory": {"rollout_batch": 5, "update_batch": 5}}

@@ -34,7 +34,7 @@ def path(request) -> str:
 @pytest.fixture
 def make_run(make_config, path, tmp_path, monkeypatch):
     """A function that trains a tiny model in a folder of that name."""
-    monkeypatch.setattr("fastloop.trainer.write_report", lambda folder: None)  # takes longer than these runs
+    monkeypatch.setattr("fastloop.training_run.write_report", lambda folder: None)  # takes longer than these runs
 
     def make(name: str, resume: bool = False, model: dict | None = None, **changes) -> Trainer:
         small = {"eval": FEW, "checkpoint": {"every": 1, "keep": 9}, "memory": {"rollout_batch": 6, "update_batch": 6}}

@@ -496,13 +496,13 @@ def test_the_moving_average_is_evaluated_and_exported_and_the_raw_weights_go_on_
     train, make_trainer, tmp_path, monkeypatch, capsys
 ):
     evaluated = []
-    real = fastloop.trainer.evaluate
+    real = fastloop.training_run.evaluate
 
     def evaluate(denoiser, *args, **kwargs):
         evaluated.append({name: p.detach().clone() for name, p in denoiser.trainable().items()})
         return real(denoiser, *args, **kwargs)
 
-    monkeypatch.setattr("fastloop.trainer.evaluate", evaluate)
+    monkeypatch.setattr("fastloop.training_run.evaluate", evaluate)
     trainer = make_trainer(ema={"decay": 0.28}, output_dir=str(tmp_path / "ema"))
     steps = record_steps(trainer)
     trainer.train()

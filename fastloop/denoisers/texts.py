@@ -23,8 +23,31 @@ class TextEncoding:
         with self.observer.phase("encode"):
             return self._encode(prompts, sampling)
 
+    @torch.no_grad()
+    def features(self, prompts: list[str]) -> torch.Tensor:
+        """Return one vector for each of n prompts, float32 (n, F), without gradients, for small networks beside the model.
+
+        The text encoders' vector of the whole text where the family has one, else the mean of the tokens' vectors.
+        """
+        with self.observer.phase("encode"):
+            found = self._embedded(prompts)
+
+        def whole(embedding: tuple[torch.Tensor, ...]) -> torch.Tensor:
+            vectors = [tensor for tensor in embedding if tensor.dim() == 1]
+            return (vectors[0] if vectors else embedding[0].float().mean(0)).float()
+
+        return torch.stack([whole(found[prompt]) for prompt in prompts])
+
     def _encode(self, prompts: list[str], sampling: SamplingConfig):
         texts = [*prompts, sampling.negative_prompt or None] if sampling.guidance_scale != 1 else prompts
+        found = self._embedded(texts)
+        cond = self.condition([found[prompt] for prompt in prompts], sampling)
+        if len(texts) == len(prompts):
+            return cond, None
+        return cond, self.condition([found[texts[-1]]] * len(prompts), sampling)
+
+    def _embedded(self, texts: list[str | None]) -> dict[str | None, tuple[torch.Tensor, ...]]:
+        """The embeddings of texts, on the device."""
         distinct = dict.fromkeys(texts)
         known = self._embeddings  # of trained text encoders none
         for text in filter(known.__contains__, distinct):
@@ -37,10 +60,7 @@ class TextEncoding:
             found |= new
             if not self.trains_text:
                 self._keep(new)
-        cond = self.condition([found[prompt] for prompt in prompts], sampling)
-        if len(texts) == len(prompts):
-            return cond, None
-        return cond, self.condition([found[texts[-1]]] * len(prompts), sampling)
+        return found
 
     def _keep(self, new: dict[str | None, tuple[torch.Tensor, ...]]) -> None:
         """Keeps embeddings in the host's memory, as many as there is room for; those used last stay."""
