@@ -170,7 +170,6 @@ class Trees(Lever):
     def attach(self, trainer) -> None:
         config, tree, policy = trainer.config, self.tree, trainer.update
         policy.rows = rows = tree.rows(config.images_per_rollout, trainer.steps_trained)
-        policy._own_rows = lambda: np.arange(len(rows))
         policy.check_replay = lambda grown: _replay(policy, grown)
         trainer.advantage.tree, trainer.advantage.rows = tree, rows
         _weigh(trainer, tree.weights(rows, len(trainer.table)))

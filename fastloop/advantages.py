@@ -11,9 +11,14 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    from fastloop.config import Config
+    from fastloop.ranks import Ranks
+    from fastloop.rollout import Trajectories
 
 EPSILON = 1e-4  # beside a standard deviation, as in DanceGRPO and Flow-GRPO
 
@@ -58,9 +63,28 @@ class Advantage:
 
     Attributes:
         needs_groups: whether it compares the images of one prompt, so that K must be at least 2.
+        learned: whether what it gives for trajectories is a reward, and their rows' advantages come of `of_rows` alone.
     """
 
     needs_groups = False
+    learned = False
+
+    def prepare(self, config: Config, denoiser, steps: torch.Tensor, ranks: Ranks) -> None:
+        """Make ready for a run with a loaded model, which trains these steps, int64 (S,)."""
+
+    def of_rows(
+        self, trajectories: Trajectories, found: torch.Tensor, iteration: int
+    ) -> tuple[torch.Tensor, dict[str, float]]:
+        """Turn what was found for trajectories into what their rows are trained with: the same, unless latents count.
+
+        Args:
+            trajectories: of this rank, of a rollout or of all that a `Replay` keeps. found: float32, of all ranks, of these
+                trajectories. iteration: finished so far.
+
+        Returns:
+            float32, of all ranks, for each trajectory or each of its S steps; and metrics.
+        """
+        return found, {}
 
     def __call__(self, prompts: list[str], terms: dict[str, torch.Tensor], weights: dict[str, float]) -> torch.Tensor:
         """Return the advantages of P prompts with K images each.
@@ -130,12 +154,19 @@ class PromptTracker(Advantage):
         self.history = {prompt: deque(seen, maxlen=self.buffer) for prompt, seen in state.items()}
 
 
+def _value() -> Advantage:
+    from fastloop.values import ValueBaseline  # with the rollout's rows, which only a run needs
+
+    return ValueBaseline()
+
+
 ADVANTAGES: dict[str, Callable[[], Advantage]] = {
     "leave_one_out": lambda: OfReward(leave_one_out, needs_groups=True),
     "group_norm": lambda: OfReward(group_norm, needs_groups=True),
     "batch_norm": lambda: OfReward(batch_norm),
     "batch_mean": lambda: OfReward(batch_mean),
     "prompt_tracker": PromptTracker,
+    "value": _value,
     "none": lambda: OfReward(none),
 }
 

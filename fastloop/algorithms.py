@@ -26,6 +26,9 @@ FAST = {"ema": {"decay": 0.95}, "optimizer": {"schedule": "linear", "max_grad_no
 
 DLPO = {"dlpo": {"alpha": 5.0, "beta": 1.0}}  # its code's, for rewards of about 1 to 5
 
+# its code's weights for one prompt, 0.01 beside a reward weighed with 10; and a buffer of two rollouts
+DPOK = {"kl": {"form": "epsilon", "weight": 1e-3}, "replay": {"rollouts": 2}}
+
 ALGORITHMS = {
     # leave-one-out PPO, arXiv 2503.00897; whether the paper takes the min or the clipped term alone could not be read
     "loop": Algorithm("leave_one_out", "clipped", 2),
@@ -37,6 +40,8 @@ ALGORITHMS = {
     "reinforce": Algorithm("batch_mean", "score_function", 1),
     # group-relative advantages as DanceGRPO and Flow-GRPO use them
     "grpo": Algorithm("group_norm", "clipped", 2, advantage_clamp=5.0),
+    # DPOK, arXiv 2305.16381, as its public code trains: a learned value, the clip without the min, its own form of the KL
+    "dpok": Algorithm("value", "clip_only", 5, settings=DPOK),
     # DLPO, arXiv 2405.14632, with the true ratio: rewards less a denoising penalty
     "dlpo": Algorithm("leave_one_out", "clipped", 2, settings=DLPO),
     # LOOP's advantages on noised final latents, as DiffusionNFT (arXiv 2509.16117) and AWM train: docs/method.md

@@ -45,7 +45,7 @@ def trained_steps(table: TransitionTable, config: Config) -> torch.Tensor:
         remedy = "raise it or lower last_steps.drop"
         remedy += "" if config.sampling.noise_steps is None else ", or widen sampling.noise_steps"
         raise UserError(f"sampling.steps: none of {len(table)} steps can be trained: {remedy}")
-    pairs = config.passes_per_rollout * Batches(config, steps).rows
+    pairs = config.passes_per_rollout * Batches(config, steps).rows // config.replay.rollouts  # of the first, which is alone
     if config.updates_per_rollout > pairs:
         raise UserError(
             f"updates_per_rollout: {config.updates_per_rollout} updates, but a rollout has only {pairs} (trajectory, "
@@ -84,9 +84,14 @@ class Batches:
         return kept_steps(len(self.steps), self.config.timestep_fraction)
 
     @property
+    def trajectories(self) -> int:
+        """Trajectories that are trained on, on all ranks: those of as many rollouts as are kept."""
+        return self.config.images_per_rollout * self.config.replay.rollouts
+
+    @property
     def rows(self) -> int:
-        """Of one pass over the rollout, on all ranks."""
-        return self.config.images_per_rollout * self.kept
+        """Of one pass over the rollouts that are kept, on all ranks."""
+        return self.trajectories * self.kept
 
     @property
     def updates_per_pass(self) -> int:
@@ -107,11 +112,11 @@ class Batches:
     @property
     def rows_of_rank(self) -> int:
         """Rows of the largest update on one rank, at most: `shuffled` has all trajectories once, then all once again."""
-        n, start, most = self.config.images_per_rollout, 0, 0
+        n, share, start, most = self.trajectories, self.share * self.config.replay.rollouts, 0, 0
         for size in self.update_rows:
             before = min(size, -start % n)  # of trajectories that another update has begun with
             whole, after = divmod(size - before, n)
-            most = max(most, whole * self.share + min(before, self.share) + min(after, self.share))
+            most = max(most, whole * share + min(before, share) + min(after, share))
             start += size
         return most
 
@@ -181,15 +186,35 @@ def evened(rows: int, most: int) -> int:
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """The rows of a rollout on all ranks, int64 (R,) each: the trajectory, counted over all ranks, and the sampler's step."""
+    """The rows of a rollout on all ranks, int64 (R,) each: the trajectory, counted over all ranks, and the sampler's step.
+
+    Of several rollouts that are kept the rows of each stand together; ``rollouts`` is their number.
+    """
 
     trajectory: np.ndarray
     step: np.ndarray
+    rollouts: int = 1
 
     @classmethod
     def of(cls, trajectories: int, steps: torch.Tensor) -> Rows:
         """Pair every trajectory with every step (int64 (S,))."""
         return cls(np.repeat(np.arange(trajectories), len(steps)), np.tile(steps.numpy(), trajectories))
+
+    def of_rollouts(self, rollouts: int) -> Rows:
+        """Return the rows of so many rollouts like this one."""
+        if rollouts == 1:
+            return self
+        n, first = int(self.trajectory.max()) + 1, np.arange(rollouts)[:, None]
+        return Rows((self.trajectory + n * first).ravel(), np.tile(self.step, rollouts), rollouts)
+
+    def own(self, ranks: Ranks, trajectories: int) -> np.ndarray:
+        """Return the rows, int64, of the trajectories that a rank drew, in their order; of rollouts of so many trajectories.
+
+        With those that it drew twice to keep in step with the other ranks.
+        """
+        first, drawn = np.arange(self.rollouts)[:, None] * trajectories, np.array(ranks.padded(trajectories))
+        begins, ends = (np.searchsorted(self.trajectory, (first + drawn).ravel(), side=side) for side in ("left", "right"))
+        return np.concatenate([np.arange(*of_one) for of_one in zip(begins, ends, strict=True)])
 
     def __len__(self) -> int:
         return len(self.step)
@@ -217,13 +242,15 @@ def micro_batches(update: np.ndarray, rows: Rows, ranks: Ranks, trajectories: in
     """Split this rank's rows of an update, at most ``size`` at a time, numbered within those of its share of the trajectories.
 
     Args:
-        update: int64 (M,), of rows.
+        update: int64 (M,), of rows. trajectories: of a rollout.
 
     Returns:
         int64 (m,) each, as many on every rank: the last may be empty where a rank has fewer rows.
     """
-    owner = np.searchsorted(ranks.bounds(trajectories), rows.trajectory[update], side="right") - 1
+    rollout, within = np.divmod(rows.trajectory[update], trajectories)
+    owner = np.searchsorted(ranks.bounds(trajectories), within, side="right") - 1
     rounds = -(-np.bincount(owner).max() // size)
-    first = np.searchsorted(rows.trajectory, ranks.share(trajectories).start)
-    own = update[owner == ranks.rank] - first
+    mine = owner == ranks.rank
+    elsewhere = (len(rows) - len(rows.own(ranks, trajectories))) // rows.rollouts  # rows of a rollout
+    own = update[mine] - rollout[mine] * elsewhere - np.searchsorted(rows.trajectory, ranks.share(trajectories).start)
     return [own[k * size : (k + 1) * size] for k in range(rounds)]

@@ -4,6 +4,7 @@ checkpoints/iteration-000010/weights.safetensors   the trained weights
                              ema.safetensors       their moving average, where there is one
                              state.pt              optimizer, tracker, counters, RNG (tensors and plain values only)
                              deepspeed/            with engine.name=deepspeed: each rank's part of the optimizer
+                             replay-0.pt           of each rank, with replay.rollouts: what is trained on again
 """
 
 from __future__ import annotations
@@ -105,12 +106,12 @@ def check_checkpoint(path: Path, averaged: bool) -> None:
     Raises:
         UserError: a file is missing, damaged, or that of another iteration than its folder.
     """
-    with _readable(path):
+    with readable(path):
         for name in _WEIGHTS[: 1 + averaged]:
             with safe_open(path / name, "pt") as file:  # those of earlier versions do not say which iteration they are of
-                _same_iteration(path, name, (file.metadata() or {}).get("iteration", iteration_of(path)))
+                same_iteration(path, name, (file.metadata() or {}).get("iteration", iteration_of(path)))
         state = torch.load(path / "state.pt", weights_only=True, mmap=True)
-        _same_iteration(path, "state.pt", state["iteration"])
+        same_iteration(path, "state.pt", state["iteration"])
 
 
 def load_checkpoint(
@@ -121,14 +122,14 @@ def load_checkpoint(
     Nothing is unpickled but tensors and plain values. Raises as `check_checkpoint`.
     """
     check_checkpoint(path, averaged)
-    with _readable(path):
+    with readable(path):
         weights, *average = (load_file(path / name) for name in _WEIGHTS[: 1 + averaged])
         return weights, average[0] if averaged else None, torch.load(path / "state.pt", weights_only=True)
 
 
 @contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    """Makes one line of whatever reading a checkpoint raises."""
+def readable(path: Path) -> Iterator[None]:
+    """Make one line, a ``UserError``, of whatever reading a checkpoint raises."""
     try:
         yield
     except Exception as error:  # safetensors, pickle and zip raise many kinds
@@ -136,7 +137,8 @@ def _readable(path: Path) -> Iterator[None]:
         raise UserError(f"cannot read the checkpoint {path}: {reason}; remove it to resume from the one before") from None
 
 
-def _same_iteration(path: Path, name: str, found: Any) -> None:
+def same_iteration(path: Path, name: str, found: Any) -> None:
+    """Raise ``ValueError`` where a file of a checkpoint is of another iteration than its folder."""
     if int(found) != iteration_of(path):
         raise ValueError(f"{name} is of iteration {found}")
 

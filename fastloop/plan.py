@@ -73,10 +73,13 @@ def derived_lines(batches: Batches, denoiser: Denoiser) -> list[str]:
     penalty = bool(config.dlpo.beta) and config.dlpo.data is None
     rollout_forwards = config.sampling.branches * config.sampling.steps + penalty
     update_forwards = (update_sampling(config).branches + config.dlpo.gradient) * kept * config.passes_per_rollout
+    update_forwards *= config.replay.rollouts
     of_each = f"{kept} of {len(batches.steps)} trainable steps"
     if not OBJECTIVES[config.objective].stored_steps:
         of_each = f"{kept} noise levels in timesteps {config.forward.window[0]} to {config.forward.window[1]}"
     window = "" if config.sampling.noise_steps is None else ", noise in {} to {} of them".format(*config.sampling.noise_steps)
+    kept_rollouts = config.replay.rollouts
+    of_rollouts = f" of the newest {kept_rollouts} rollouts" if kept_rollouts > 1 else ""
     return [
         f"algorithm    {config.algorithm}: advantage {config.advantage}, objective {config.objective}",
         *_settings_line(config),
@@ -84,7 +87,7 @@ def derived_lines(batches: Batches, denoiser: Denoiser) -> list[str]:
         f"rollout      {config.prompts_per_step} prompts x {config.images_per_prompt} images = {n} trajectories of "
         f"{config.sampling.steps} steps{window}, {batches.rollout} at a time"
         f"{_copies(batches.share, batches.rollout)}",
-        f"pairs        {n} trajectories x {of_each} = {batches.rows} a pass, "
+        f"pairs        {batches.trajectories} trajectories{of_rollouts} x {of_each} = {batches.rows} a pass, "
         f"{config.passes_per_rollout} pass{'es' if config.passes_per_rollout > 1 else ''}",
         f"updates      {config.updates_per_rollout} optimizer steps of "
         f"{' or '.join(map(str, sorted(set(batches.update_rows))))} pairs, each in "

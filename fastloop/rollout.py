@@ -25,7 +25,7 @@ from fastloop.transitions import TransitionTable, transition_table
 
 @dataclass
 class Trajectories:
-    """N trajectories of T steps; trajectories p K to p K + K - 1 belong to prompt p.
+    """N trajectories of T steps; trajectories p K to p K + K - 1 belong to prompt p. There may be room for more (`Replay`).
 
     Attributes:
         latents: float32 (T + 1, N, C, H, W), x_T first, on the device or in the host's memory; (1, N, C, H, W), x_0 alone, for
@@ -46,17 +46,17 @@ class Trajectories:
 
         Where only the final latents are there, they are both states of every row, and the log-probs are 0.
         """
-        n, only_final = len(self.prompts), len(self.latents) == 1
+        n, room, only_final = len(self.prompts), self.latents.shape[1], len(self.latents) == 1
         trajectory, step = torch.arange(n).repeat_interleave(len(steps)), steps.cpu().repeat(n)
         first = torch.zeros_like(step) if only_final else step
         device = self.log_probs.device
-        log_prob = torch.zeros(len(step), device=device) if only_final else self.log_probs.T[:, steps.to(device)].flatten()
+        log_prob = torch.zeros(len(step), device=device) if only_final else self.log_probs.T[:n, steps.to(device)].flatten()
         return Transitions(
             states=self.latents.flatten(0, 1),
             trajectory=trajectory,
             step=step,
-            state=first * n + trajectory,
-            next_state=(first + (not only_final)) * n + trajectory,
+            state=first * room + trajectory,
+            next_state=(first + (not only_final)) * room + trajectory,
             log_prob=log_prob,
             ids=self.ids,
         )

@@ -71,6 +71,13 @@ def _of_rows(config: Config) -> str | None:
     if found := _of_noise_steps(config) or _of_penalty(config):
         return found
     name, forward, default = config.objective, config.forward, type(config.forward)()
+    if found := _of_value(config):
+        return found
+    if config.replay.rollouts > 1 and not OBJECTIVES[name].uses_ratio:
+        return (
+            f"replay.rollouts: {name} has no importance ratio, so training on an older policy's rollouts is biased: set 1, or "
+            "choose algorithm=loop"
+        )
     if OBJECTIVES[name].stored_steps:
         if config.sampling.eta == 0:
             return f"sampling.eta: objective={name} needs the noise of the steps, of which 0 leaves none: set it to 1"
@@ -90,6 +97,18 @@ def _of_rows(config: Config) -> str | None:
             )
     if forward.window[1] - forward.window[0] + 1 < forward.levels:
         return f"forward.window: {list(forward.window)} has fewer timesteps than forward.levels={forward.levels}: widen it"
+    return None
+
+
+def _of_value(config: Config) -> str | None:
+    value = config.value
+    if config.advantage != "value":
+        for key, field in type(value).model_fields.items():
+            if getattr(value, key) != field.default:
+                return f"value.{key}: advantage={config.advantage} has no value network: set advantage=value, or leave it out"
+        return None
+    if not OBJECTIVES[config.objective].stored_steps:
+        return f"advantage: value is of a step's latents, and objective={config.objective} trains none: set leave_one_out"
     return None
 
 

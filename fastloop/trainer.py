@@ -24,6 +24,7 @@ from fastloop.objectives import OBJECTIVES
 from fastloop.optimizers import Ema, holding
 from fastloop.penalty import PENALTY
 from fastloop.preflight import compile_problem
+from fastloop.replay import Replay
 from fastloop.rewards.scoring import Scores
 from fastloop.rollout import Trajectories, gather_scores, scored_rollout
 from fastloop.rundir import rewrite_config
@@ -55,6 +56,9 @@ class Trainer(TrainingRun):
             with self.engine.gathered(list(self.parameters.values())):
                 self.ema = Ema(self.parameters, config.ema.decay, self.engine.masters)
         steps = self.steps_trained
+        self.advantage.prepare(config, self.denoiser, steps, ranks)
+        kept = config.replay.rollouts
+        self.replay = Replay(kept, ranks, config.images_per_rollout) if kept > 1 else None
         self.update = PolicyUpdate(config, self.denoiser, self.engine, self.table, steps, ranks, self.ema, self.observer)
 
     # --- the loop ------------------------------------------------------------------------------------------------------
@@ -75,15 +79,19 @@ class Trainer(TrainingRun):
                 with self.observer.phase("reward"):
                     scores = gather_scores(self.rewards, self.ranks, len(repeated))
                 scored = time.perf_counter()
-                # 3. rewards to advantages, one for each trajectory, or for each of its trained steps
+                # 3. rewards to advantages, one for each trajectory, or for each of its trained steps; rollouts that are kept
                 errors = self.denoising_errors(trajectories, len(repeated))
-                advantages = self.advantages([prompt.text for prompt in prompts], scores, errors)
+                advantages, trained = self.advantages([prompt.text for prompt in prompts], scores, errors), trajectories
+                if self.replay:
+                    trained, advantages = self.replay.add(trajectories, advantages, self.iteration)
+                with self.observer.phase("baseline"):
+                    advantages, metrics = self.advantage.of_rows(trained, advantages, self.iteration)
                 # 4. the first replay must give ratio 1, then the updates
-                metrics = {} if errors is None else {"policy/denoising_loss": float(errors.mean())}
+                metrics |= {} if errors is None else {"policy/denoising_loss": float(errors.mean())}
                 with self.observer.phase("update"):
                     if self.iteration == 0 and OBJECTIVES[config.objective].stored_steps:
                         metrics["policy/replay_max_dev"] = self.update.check_replay(trajectories)
-                    metrics |= self.update(trajectories, advantages, self.iteration)
+                    metrics |= self.update(trained, advantages, self.iteration)
                 updated = time.perf_counter()
                 # 5. tracking; checkpoints and evaluation are at the top
                 self.iteration += 1
@@ -100,7 +108,7 @@ class Trainer(TrainingRun):
                     "time/cpu": time.process_time() - started_cpu,
                 }
                 self._log(metrics)
-                del trajectories  # not beside those of the next iteration
+                del trajectories, trained  # not beside those of the next iteration
             self._export()
         return self.folder
 
@@ -146,6 +154,8 @@ class Trainer(TrainingRun):
         if errors is not None:
             terms[PENALTY], weights[PENALTY] = torch.from_numpy(errors).view(groups), -self.config.dlpo.beta
         found = self.advantage(prompts, terms, weights)
+        if self.advantage.learned:
+            return found.float().flatten()
         return finish(found, self.config.advantage_clamp, self.config.normalize_advantages).flatten()
 
     def _rollout_weights(self):
@@ -162,8 +172,15 @@ class Trainer(TrainingRun):
     def _own_state(self) -> dict[str, Any]:
         return {"skipped": self.update.skipped}
 
-    def _restore_own(self, state: dict[str, Any]) -> None:
+    def _save_part(self, folder: Path) -> Any:
+        if self.replay:
+            self.replay.save(folder, self.iteration)
+        return super()._save_part(folder)
+
+    def _restore_own(self, checkpoint: Path, state: dict[str, Any]) -> None:
         self.update.skipped = state["skipped"]
+        if self.replay:
+            self.replay.load(checkpoint, self.device, self.config.memory.trajectories == "host")
 
     def _export_to(self, folder: Path, weights: dict[str, torch.Tensor]) -> None:
         """The trained weights as stock diffusers loads them."""

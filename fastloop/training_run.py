@@ -121,8 +121,12 @@ class TrainingRun:
         """What a checkpoint holds of this kind of training alone, as plain values and tensors."""
         return {}
 
-    def _restore_own(self, state: dict[str, Any]) -> None:
-        """Takes back what `_own_state` gave, of a checkpoint's whole state."""
+    def _save_part(self, folder: Path) -> Any:
+        """Writes each rank's own part into the folder of a checkpoint; returns what the engine wants in the state."""
+        return self.engine.save(folder)
+
+    def _restore_own(self, checkpoint: Path, state: dict[str, Any]) -> None:
+        """Takes back what `_own_state` and `_save_part` wrote, but for the engine's."""
 
     def _evaluated_weights(self) -> AbstractContextManager:
         """Within it the model draws with the weights that are evaluated."""
@@ -231,7 +235,7 @@ class TrainingRun:
             state,
             self.config.checkpoint.keep,
             self.ranks,
-            self.engine.save,
+            self._save_part,
         )
 
     def _restore(self, checkpoint: Path, average: dict[str, torch.Tensor] | None, state: dict[str, Any]) -> str | None:
@@ -245,7 +249,7 @@ class TrainingRun:
         if state["prompt_tracker"] is not None:
             self.advantage.load_state_dict(state["prompt_tracker"])
         self.rewards.load_state_dict(state["rewards"])
-        self._restore_own(state)
+        self._restore_own(checkpoint, state)
         torch.set_rng_state(state["rng"])
         if state["rng_cuda"] is not None and self.device.type == "cuda":
             torch.cuda.set_rng_state(state["rng_cuda"], self.device)

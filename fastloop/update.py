@@ -69,7 +69,7 @@ class PolicyUpdate:
         self._columns["timestep"] = table.timesteps.to(self.device)
 
     def __call__(self, trajectories: Trajectories, advantages: torch.Tensor, iteration: int) -> dict[str, float]:
-        """Take ``updates_per_rollout`` optimizer steps over the shuffled rows of a rollout.
+        """Take ``updates_per_rollout`` optimizer steps over the shuffled rows of a rollout, or of all that a `Replay` keeps.
 
         A row whose advantage is 0 has no gradient, unless there is a KL, and is not run; an update of such rows alone takes no
         step. They still count in what an update averages over.
@@ -84,20 +84,21 @@ class PolicyUpdate:
         Raises:
             RunFailed: the ratio does not start at 1, or a loss or gradient is not finite.
         """
-        config = self.config
+        config, n = self.config, self.config.images_per_rollout
+        all_rows = self.rows.of_rollouts(len(trajectories.prompts) // len(self.ranks.padded(n)))
         rng = np.random.default_rng([config.seed, iteration])
         lr = config.optimizer.lr_at(iteration, config.iterations)
         self.engine.set_lr(lr)
         updates = []
         for _ in range(config.passes_per_rollout):
-            order = shuffled(rng, self.rows, config.timestep_fraction)
+            order = shuffled(rng, all_rows, config.timestep_fraction)
             updates += np.array_split(order, config.updates_per_rollout // config.passes_per_rollout)
         of_row = advantages.cpu()
-        if len(of_row) != len(self.rows):
-            of_row = of_row[self.rows.trajectory]
+        if len(of_row) != len(all_rows):
+            of_row = of_row[all_rows.trajectory]
         teaches = (of_row != 0).numpy() | (config.kl.weight > 0) | config.dlpo.gradient
         transitions = trajectories.transitions(self.steps)
-        own = of_row[self._own_rows()].to(self.device)
+        own = of_row[all_rows.own(self.ranks, n)].to(self.device)
         text = Texts(self.denoiser, trajectories.prompts, update_sampling(config))
         names = [
             *STATISTICS,
@@ -115,11 +116,11 @@ class PolicyUpdate:
                 update = rows[teaches[rows]]
                 if len(update) == 0:
                     continue
-                batches = micro_batches(update, self.rows, self.ranks, config.images_per_rollout, self.batches.update)
+                batches = micro_batches(update, all_rows, self.ranks, n, self.batches.update)
                 seen = self.add_gradients(batches, len(rows), transitions, own, text, bar)
                 found.append(self._of_ranks(dict(zip(names, seen.cpu().double().numpy().T, strict=True))))
                 ran.append(update)
-                if len(ran) == 1:
+                if len(ran) == 1 and all_rows.rollouts == 1:  # else some rows are of an older policy
                     self._check_first_ratio(found[0]["ratio_max_dev"])
                 norms.append(self._step(found[-1]["loss"], iteration))
         metrics = {
@@ -228,11 +229,6 @@ class PolicyUpdate:
                 "backend that is not deterministic (model.attention), dropout, or compiled code that differs with gradients"
             )
         return worst
-
-    def _own_rows(self) -> np.ndarray:
-        """Of the whole rollout, the rows of the trajectories that this rank drew, in their order."""
-        drawn = np.array(self.ranks.padded(self.config.images_per_rollout))
-        return (drawn[:, None] * len(self.steps) + np.arange(len(self.steps))).ravel()
 
     def _of_ranks(self, seen: dict[str, np.ndarray]) -> dict[str, float]:
         """Statistics of an update over all micro-batches and ranks."""

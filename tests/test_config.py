@@ -311,7 +311,7 @@ UNKNOWN_KEYS = [
     ("memory: {rolout_batch: 1}", "memory.rolout_batch: unknown key; did you mean 'rollout_batch'?"),
     ("last_steps: {dropp: 1}", "last_steps.dropp: unknown key; did you mean 'drop'?"),
     ("safety: {max_clip_frac: 1}", "safety.max_clip_frac: unknown key; did you mean 'max_clipfrac'?"),
-    ("lr: 1", "lr: unknown key; did you mean 'optimizer.lr'?"),
+    ("lr: 1", "lr: unknown key; did you mean 'value.lr' or 'optimizer.lr'?"),
     ("rank: 1", "rank: unknown key; did you mean 'model.lora.rank'?"),
     ("steps: 1", "steps: unknown key; did you mean 'last_steps' or 'eval.sampling.steps' or 'sampling.steps'?"),
     ("eval: {steps: 5}", "eval.steps: unknown key; did you mean 'eval.sampling.steps' or 'sampling.steps'?"),
@@ -344,7 +344,7 @@ WRONG_VALUES = [
     ),
     (
         "algorithm: lop",
-        "algorithm: input should be 'loop', 'rloo', 'ppo', 'reinforce', 'grpo', 'dlpo', 'loop_forward' or 'loop_fast', got",
+        "algorithm: input should be 'loop', 'rloo', 'ppo', 'reinforce', 'grpo', 'dpok', 'dlpo', 'loop_forward' or 'loop_fast'",
     ),
     ("algorithm: [loop]", "algorithm: input should be 'loop'"),
     ("algorithm: {name: loop}", "algorithm: input should be 'loop'"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from fastloop.batches import Batches, trained_steps
 from fastloop.prompts import ANIMALS
@@ -82,3 +83,15 @@ def test_recipes_for_sd15_have_the_published_settings_of_ddpo(name):
 
 def test_the_animals_can_be_asked_about():
     assert all(by_rule(animal) == [animal] for animal in ANIMALS)
+
+
+@pytest.mark.parametrize("name, weighs", [("dpok", 10), ("dpok_prompts", 1000)])
+def test_recipes_of_dpok_have_its_settings_in_units_of_a_reward_that_weighs_1(name, weighs):
+    config = load_config(next(path for path in RECIPES if path.stem == f"sd15_{name}"))
+    assert config.kl.form == "epsilon" and config.kl.weight * weighs == pytest.approx({10: 0.01, 1000: 0.1}[weighs])
+    optimizer, value = config.optimizer, config.value
+    assert (optimizer.max_grad_norm * weighs, optimizer.eps * weighs) == pytest.approx((0.1, 1e-8))
+    assert (optimizer.lr, optimizer.weight_decay, value.lr, value.width, value.batch) == (1e-5, 0, 1e-4, 256, 5 * 256)
+    assert (config.images_per_rollout, config.replay.rollouts, config.clip_range) == (10, 2, 1e-4)
+    batches = Batches(config, torch.arange(50))
+    assert batches.trajectories * len(batches.steps) == 1000 and batches.update_rows == [48] * 5

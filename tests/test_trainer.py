@@ -345,7 +345,7 @@ def test_every_algorithm_runs_and_nothing_else_in_the_config_differs(train, make
         (rows[algorithm],) = metrics(trainer)
         resolved[algorithm] = trainer.config.model_dump() | {"output_dir": None}
         assert status(trainer.folder) == "finished"
-    assert set(rows) == {"loop", "rloo", "ppo", "reinforce", "grpo", "dlpo", "loop_forward", "loop_fast"}
+    assert set(rows) == {"loop", "rloo", "ppo", "reinforce", "grpo", "dpok", "dlpo", "loop_forward", "loop_fast"}
     brought = {"algorithm", "advantage", "objective", "updates_per_rollout", "advantage_clamp"}
     for algorithm, row in rows.items():
         own = brought | set(ALGORITHMS[algorithm].settings)
@@ -355,7 +355,7 @@ def test_every_algorithm_runs_and_nothing_else_in_the_config_differs(train, make
     assert rows["loop"]["advantage/std"] == rows["rloo"]["advantage/std"]
     assert rows["ppo"]["advantage/std"] == pytest.approx(1.0, rel=0.05)  # batch_norm while its histories are short
     assert rows["reinforce"]["advantage/std"] == pytest.approx(rows["loop"]["reward/std"], rel=1e-5)
-    assert len({row["advantage/abs_mean"] for row in rows.values()}) == 5  # loop and rloo share theirs
+    assert len({row["advantage/abs_mean"] for row in rows.values()}) == 6  # loop and rloo share theirs
 
 
 @pytest.mark.parametrize("algorithm", ["reinforce", "ppo"])

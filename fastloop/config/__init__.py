@@ -22,7 +22,9 @@ from fastloop.config.training import (
     KlConfig,
     LastStepsConfig,
     OptimizerConfig,
+    ReplayConfig,
     SafetyConfig,
+    ValueConfig,
 )
 
 
@@ -36,7 +38,7 @@ class Config(Strict):
     advantage: str | None = Field(
         None,
         description="how rewards become advantages: `leave_one_out`, `group_norm`, `batch_norm`, `batch_mean`, "
-        "`prompt_tracker` or `none`; null: the algorithm's",
+        "`prompt_tracker`, `value` or `none`; null: the algorithm's",
     )
     objective: str | None = Field(
         None,
@@ -65,6 +67,8 @@ class Config(Strict):
     )
     last_steps: LastStepsConfig = Field(LastStepsConfig(), description="how much the last denoising steps are trained")
     forward: ForwardConfig = Field(ForwardConfig(), description="the noise levels that `forward_process` trains")
+    replay: ReplayConfig = Field(ReplayConfig(), description="how many rollouts are trained on")
+    value: ValueConfig = Field(ValueConfig(), description="the learned baseline of `advantage: value`")
     dlpo: DlpoConfig = Field(DlpoConfig(), description="the denoising penalty of `algorithm: dlpo`")
     clip_range: Annotated[float, Field(gt=0)] = Field(
         1e-4,

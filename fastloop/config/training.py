@@ -49,6 +49,25 @@ class DlpoConfig(Strict):
     )
 
 
+class ReplayConfig(Strict):
+    """Transitions that are trained on again: their ratio is to the policy that drew them (DPOK)."""
+
+    rollouts: Positive = Field(
+        1,
+        description="rollouts that an update draws from: the newest, and those before it, with the log-probs of their time; "
+        "each takes the memory of another rollout",
+    )
+
+
+class ValueConfig(Strict):
+    """The network whose prediction of the reward is the baseline of `advantage: value` (DPOK); others do not look at it."""
+
+    width: Positive = Field(256, description="units of each of its three layers")
+    lr: Annotated[float, Field(gt=0)] = Field(1e-4, description="learning rate of its own AdamW")
+    updates: Positive = Field(1, description="its optimizer steps per rollout, before those of the policy")
+    batch: Positive = Field(1280, description="transitions of each of its steps, at most; drawn without replacement")
+
+
 class KlConfig(Strict):
     """KL to the model before training, per trained step: the adapter off, or a frozen copy."""
 

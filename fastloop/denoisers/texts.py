@@ -31,12 +31,12 @@ class TextEncoding:
         """
         with self.observer.phase("encode"):
             found = self._embedded(prompts)
+        return torch.stack([_of_whole(found[prompt]) for prompt in prompts])
 
-        def whole(embedding: tuple[torch.Tensor, ...]) -> torch.Tensor:
-            vectors = [tensor for tensor in embedding if tensor.dim() == 1]
-            return (vectors[0] if vectors else embedding[0].float().mean(0)).float()
-
-        return torch.stack([whole(found[prompt]) for prompt in prompts])
+    @property
+    def feature_size(self) -> int:
+        """Elements of a prompt's `features`, F."""
+        return len(_of_whole(self.blank_embedding()))
 
     def _encode(self, prompts: list[str], sampling: SamplingConfig):
         texts = [*prompts, sampling.negative_prompt or None] if sampling.guidance_scale != 1 else prompts
@@ -86,3 +86,9 @@ class TextEncoding:
         length = min(tokenizer.model_max_length, self.text_length(name.replace("tokenizer", "text_encoder")))
         ids = tokenizer(text, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
         return upload(ids, self.device)
+
+
+def _of_whole(embedding: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """The vector of a whole text, float32 (F,)."""
+    vectors = [tensor for tensor in embedding if tensor.dim() == 1]
+    return (vectors[0] if vectors else embedding[0].float().mean(0)).float()

@@ -15,6 +15,7 @@ from fastloop.engines.deepspeed import BUCKET
 from fastloop.memory.traces import Traced, size_of
 from fastloop.objectives import OBJECTIVES
 from fastloop.optimizers import state_bytes, step_bytes
+from fastloop.values import new_network
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,9 @@ def memory_needs(
         "optimizer": state,
         "moving average": 4 * trained if config.ema.decay else 0,
         "KL reference": network if config.kl.weight and config.model.adapter == "full" else 0,
-        "trajectories": steps,
+        "trajectories": steps
+        * (1 if config.replay.rollouts == 1 else 1 + config.replay.rollouts),  # the new one and those kept
+        "value network": 16 * _value_parameters(config, denoiser) if config.advantage == "value" else 0,  # and two moments
         # of a rollout's prompts and as many times the negative one; and of all that are kept
         "prompt embeddings": branches * min(config.prompts_per_step, share) * embedding,
     }
@@ -107,6 +110,11 @@ def memory_needs(
         working["self-check"] = traced.activations(rollout) + gathered
     phases = {name: resident + size for name, size in working.items()}
     return MemoryNeeds({name: size for name, size in parts.items() if size}, phases, {k: v for k, v in host.items() if v})
+
+
+def _value_parameters(config: Config, denoiser) -> int:
+    with torch.device("meta"):
+        return sum(p.numel() for p in new_network(config, denoiser).parameters())
 
 
 class Shards:
