@@ -59,8 +59,9 @@ def overview(checked: Checked, ranks: int = 1) -> list[str]:
 
 
 def caution_lines(denoiser: Denoiser) -> list[str]:
-    """Write what speaks against training this model, as far as it does."""
-    return [] if denoiser.caution is None else [f"warning      {denoiser.caution}"]
+    """Write what speaks against training this model, and what is taken otherwise than its files say."""
+    cautions = [] if denoiser.caution is None else [f"warning      {denoiser.caution}"]
+    return cautions + [f"note         {line}" for line in denoiser.notes]
 
 
 def _held_text(config: Config) -> str:

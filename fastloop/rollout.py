@@ -277,7 +277,7 @@ def sampler_table(model: ModelConfig, sampling: SamplingConfig) -> TransitionTab
     path = model_source(model)
     adapter = family(path, model)  # refuses what cannot be trained, whatever its scheduler
     adapter.check_settings(path, model, sampling)
-    scheduler = read_json(path, model, "scheduler_config.json", "scheduler")
+    scheduler = adapter.as_in_stock(read_json(path, model, "scheduler_config.json", "scheduler"))
     try:
         flow = adapter.flow_times(path, model, scheduler, sampling)
         return transition_table(scheduler, sampling.steps, sampling.eta, sampling.noise, flow, sampling.noise_steps)

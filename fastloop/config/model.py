@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from fastloop.config.strict import Positive, Strict
+
+Guidance = Annotated[float, Field(ge=0), AfterValidator(lambda w: max(w, 1.0))]  # in diffusers none up to 1 as well
 
 
 class LoraConfig(Strict):
@@ -111,10 +113,10 @@ class SamplingConfig(Strict):
         description="first and last step that have noise, counted from 0, and that are trained for it; "
         "the others are deterministic; null: all",
     )
-    guidance_scale: Annotated[float, Field(ge=1)] = Field(
+    guidance_scale: Guidance = Field(
         5.0,
-        description="w of classifier-free guidance; 1 switches it off and saves the second half of every forward; "
-        "FLUX.1 has no default: stock's is 1",
+        description="w of classifier-free guidance; up to 1 it is off, as in diffusers, which saves the second half of every "
+        "forward; FLUX.1 has no default: stock's is 1",
     )
     embedded_guidance: Annotated[float, Field(ge=0)] | None = Field(
         None, description="FLUX.1 dev only: the guidance that the model was distilled from and is told; null: 3.5, as in stock"
@@ -151,8 +153,8 @@ class EvalSamplingConfig(Strict):
     eta: Annotated[float, Field(ge=0, le=1)] | None = Field(
         None, description="share of noise in each step; 0 is the deterministic solver; null: `sampling.eta`"
     )
-    guidance_scale: Annotated[float, Field(ge=1)] | None = Field(
-        None, description="w of classifier-free guidance, 1 switches it off; null: `sampling.guidance_scale`"
+    guidance_scale: Guidance | None = Field(
+        None, description="w of classifier-free guidance, 0 to 1 switches it off; null: `sampling.guidance_scale`"
     )
     negative_prompt: str | None = Field(
         None, description="prompt of the unconditional branch; empty: none; null: `sampling.negative_prompt`"

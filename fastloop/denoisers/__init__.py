@@ -25,6 +25,11 @@ FAMILIES = {  # the class of a pipeline: the module and the class of its adapter
     "FluxPipeline": ("fastloop.denoisers.flux", "Flux"),
     "Flux2KleinPipeline": ("fastloop.denoisers.klein", "Klein"),
 }
+BASES = {  # pipelines with the same parts and weights: the class whose they are
+    f"{name}{task}Pipeline": f"{name}Pipeline"
+    for name in ("StableDiffusion", "StableDiffusionXL", "StableDiffusion3", "Flux")
+    for task in ("Img2Img", "Inpaint")
+}
 
 
 def family(path: str, config: ModelConfig):
@@ -39,14 +44,27 @@ def family(path: str, config: ModelConfig):
         raise UserError(f"model.base_precision: {problem}")
     index = read_json(path, config, "model_index.json")
     name = index.get("_class_name")
+    name = BASES.get(name, name) if isinstance(name, str) else name
     if not isinstance(name, str) or name not in FAMILIES:
         raise UserError(f"model.path: {path} is a {name}: supported are {', '.join(FAMILIES)}")
     refuse_own_code(path, index)
     module, name = FAMILIES[name]
     adapter = getattr(importlib.import_module(module), name)
+    _refuse_other_parts(path, index, {**adapter.encoders_of(path, config), adapter.network_name: adapter.network_class})
+    _refuse_other_parts(path, index, {"vae": adapter.vae_class})
     if config.max_sequence_length is not None and adapter.sequence_length is None:
         raise UserError(f"model.max_sequence_length: {path} has a length of its own: leave it out")
     return adapter
+
+
+def _refuse_other_parts(path: str, index: dict, kinds: dict[str, type]) -> None:
+    """Raises ``UserError`` where a part is of another class than its family's, which would load and mean something else."""
+    for part, kind in kinds.items():
+        found = index.get(part)
+        if isinstance(found, list) and found[-1] is not None and found[-1] != kind.__name__:
+            raise UserError(
+                f"model.path: the {part} of {path} is a {found[-1]}, and only a {kind.__name__} can be trained here"
+            )
 
 
 def load_denoiser(config: ModelConfig, device: torch.device):

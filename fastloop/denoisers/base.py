@@ -86,6 +86,12 @@ class Denoiser(TextEncoding, Adapters, Residence, Export):
         return {self.network_name: self.network, **self.text_encoders, "vae": self.vae}
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """What is taken otherwise than the model's files say, a line each."""
+        found, own = read_json(self.path, self.config, "model_index.json")["_class_name"], self.pipeline_class.__name__
+        return () if found == own else (f"a {found}, opened as the {own} of its parts",)
+
+    @property
     def max_sequence_length(self) -> int | None:
         """Tokens of the text encoder whose length is free, ``None`` where there is none."""
         return self.config.max_sequence_length or self.sequence_length
@@ -108,6 +114,11 @@ class Denoiser(TextEncoding, Adapters, Residence, Export):
     ) -> dict[str, Any] | None:
         """Return what the pipeline of a flow calls its scheduler's ``set_timesteps`` with; ``None``: the model is no flow."""
         return None
+
+    @classmethod
+    def as_in_stock(cls, scheduler: dict[str, Any]) -> dict[str, Any]:
+        """Return the config of a scheduler as the family's pipeline takes it."""
+        return scheduler
 
     @classmethod
     def check_settings(cls, path: str, config: ModelConfig, sampling: SamplingConfig) -> None:

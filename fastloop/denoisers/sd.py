@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import torch
 from diffusers import StableDiffusionPipeline
+from packaging.version import Version
 from transformers import CLIPTextModel
 
 from fastloop.config import SamplingConfig
+from fastloop.denoisers.files import read_json
 from fastloop.denoisers.parts import DTYPES, refuse_misfits
 from fastloop.denoisers.unet import UNetDenoiser
+from fastloop.transitions.ddim import with_defaults
 
 
 class StableDiffusion(UNetDenoiser):
@@ -22,13 +26,40 @@ class StableDiffusion(UNetDenoiser):
 
     @classmethod
     def check_fit(cls, path, text_configs, vae, network) -> None:
-        """Raise ``UserError`` where text encoder, VAE and UNet differ in their channels."""
+        """Raise ``UserError`` where text encoder, VAE and UNet do not fit, or the UNet takes more than a text."""
+        cls.refuse_other_unets(path, network)
         refuse_misfits(
             path,
             "UNet",
             ("text encoder", text_configs["text_encoder"].hidden_size, network.cross_attention_dim, "cross_attention_dim"),
             ("VAE", vae.latent_channels, network.in_channels, "in_channels"),
         )
+
+    @classmethod
+    def as_in_stock(cls, scheduler: dict[str, Any]) -> dict[str, Any]:
+        """Return the config of a scheduler with the two corrections that stock's pipeline makes to early ones."""
+        return scheduler | {"steps_offset": 1, "clip_sample": False}
+
+    @property
+    def own_latent_size(self) -> int | tuple[int, int] | None:
+        """The latents' size that the UNet was trained at; from 64 in files before diffusers 0.9, as in stock."""
+        size = super().own_latent_size
+        return 64 if self._of_early_files and isinstance(size, int) and size < 64 else size
+
+    @property
+    def _of_early_files(self) -> bool:
+        written = getattr(self.network.config, "_diffusers_version", None)
+        return written is not None and Version(Version(written).base_version) < Version("0.9.0.dev0")
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What stock's pipeline corrects in early files, and this one with it."""
+        scheduler = with_defaults(read_json(self.path, self.config, "scheduler_config.json", "scheduler"))
+        sizes = [("sample_size", super().own_latent_size, self.own_latent_size)]
+        found = sizes + [(key, scheduler[key], now) for key, now in self.as_in_stock({}).items()]
+        changed = [f"{key} {json.dumps(now)} for {json.dumps(before)}" for key, before, now in found if before != now]
+        early = (f"early files: {', '.join(changed)}, as stock's pipeline takes them",) if changed else ()
+        return super().notes + early
 
     def embed(self, ids: list[torch.Tensor]) -> tuple[torch.Tensor]:
         """Return the last hidden states of one text, in a tuple of one: (L, C)."""

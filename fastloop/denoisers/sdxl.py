@@ -14,7 +14,6 @@ from fastloop.denoisers.files import read_json
 from fastloop.denoisers.parts import DTYPES, refuse_misfits
 from fastloop.denoisers.residence import upload
 from fastloop.denoisers.unet import UNetDenoiser
-from fastloop.errors import UserError
 
 TIME_IDS = 6  # original height and width, crop from the top and the left, target height and width
 
@@ -45,14 +44,12 @@ class StableDiffusionXL(UNetDenoiser):
     absent = dict.fromkeys(("image_encoder", "feature_extractor"))
     upcasts_vae = True
     sizes_condition = True
+    known_embeddings = {"addition_embed_type": "text_time"}
 
     @classmethod
     def check_fit(cls, path, text_configs, vae, network) -> None:
         """Raise ``UserError`` where text encoders, sizes, VAE and UNet do not fit, or the UNet takes no sizes."""
-        if network.addition_embed_type != "text_time":
-            raise UserError(
-                f"model.path: the UNet of {path} has addition_embed_type={network.addition_embed_type}: SDXL's has text_time"
-            )
+        cls.refuse_other_unets(path, network)
         first, second = text_configs.values()
         pooled = TIME_IDS * network.addition_time_embed_dim + second.projection_dim
         refuse_misfits(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastloop.denoisers.base import Denoiser
+from fastloop.errors import UserError
 
 
 class FlashAttention(AttnProcessor2_0):
@@ -25,6 +27,23 @@ class UNetDenoiser(Denoiser):
 
     network_class = UNet2DConditionModel
     network_name = "unet"
+    known_embeddings: dict[str, Any] = {"addition_embed_type": None}  # what the UNet is told beside timestep and text
+
+    @classmethod
+    def refuse_other_unets(cls, path: str, network) -> None:
+        """Raise ``UserError`` where a UNet, by its config, is told more than its family says, or predicts another thing."""
+        absent = {"time_cond_proj_dim": None, "class_embed_type": None, "num_class_embeds": None, "encoder_hid_dim": None}
+        for key, known in (absent | cls.known_embeddings).items():
+            if (found := getattr(network, key, known)) != known:
+                raise UserError(
+                    f"model.path: the UNet of {path} has {key}={found}, which this trainer knows nothing to give to: "
+                    f"choose a model with {key}={json.dumps(known)}"
+                )
+        if network.out_channels != network.in_channels:
+            raise UserError(
+                f"model.path: the UNet of {path} takes {network.in_channels} channels and gives {network.out_channels}: it "
+                "is made for inpainting or predicts a variance, and is no text-to-image model"
+            )
 
     def prepare_network(self) -> None:
         """Lay out the UNet's weights in channels_last."""

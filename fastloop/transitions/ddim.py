@@ -31,21 +31,28 @@ _DEFAULTS = {
 }
 _CLIPS = {"clip_sample": True}
 _LINSPACE = {"timestep_spacing": "linspace"}
+_SD_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 _LINSPACE_SD_BETAS = _LINSPACE | {"beta_start": 0.00085, "beta_end": 0.012}
 _CLASS_DEFAULTS: dict[str | None, dict[str, Any]] = {
     None: {},
     "DDIMScheduler": _CLIPS,
+    "DDIMParallelScheduler": _CLIPS,
     "DDPMScheduler": _CLIPS,
+    "DDPMParallelScheduler": _CLIPS,
     "PNDMScheduler": {},
     "DEISMultistepScheduler": _LINSPACE,
     "DPMSolverMultistepScheduler": _LINSPACE,
+    "DPMSolverSDEScheduler": _LINSPACE_SD_BETAS,
     "DPMSolverSinglestepScheduler": _LINSPACE,
     "EulerAncestralDiscreteScheduler": _LINSPACE,
     "EulerDiscreteScheduler": _LINSPACE,
     "HeunDiscreteScheduler": _LINSPACE_SD_BETAS,
     "KDPM2AncestralDiscreteScheduler": _LINSPACE_SD_BETAS,
     "KDPM2DiscreteScheduler": _LINSPACE_SD_BETAS,
+    "LCMScheduler": _SD_BETAS,
     "LMSDiscreteScheduler": _LINSPACE,
+    "SASolverScheduler": _LINSPACE,
+    "TCDScheduler": _SD_BETAS,
     "UniPCMultistepScheduler": _LINSPACE,
 }
 _ACCEPTED = {
@@ -142,13 +149,18 @@ def ddim_table(scheduler_config: Mapping[str, Any], steps: int, eta: float) -> T
     return TransitionTable(timesteps, a, b, sigma, em, schedule)
 
 
+def with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a scheduler's config with absent keys as its diffusers class takes them."""
+    return _DEFAULTS | _CLASS_DEFAULTS.get(config.get("_class_name"), {}) | dict(config)
+
+
 def _checked_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """The config with absent keys as its diffusers class takes them; ValueError where no table can be made of it."""
     name = config.get("_class_name")
     if name not in _CLASS_DEFAULTS:
         known = ", ".join(filter(None, _CLASS_DEFAULTS))
         raise ValueError(f"scheduler _class_name={name}: no discrete-beta sampler known here; use a model with {known}")
-    settings = _DEFAULTS | _CLASS_DEFAULTS[name] | dict(config)
+    settings = with_defaults(config)
     for key, (values, problem) in _REFUSED.items():
         if settings.get(key) in values:
             raise ValueError(f"scheduler {key}={str(settings[key]).lower()}: {problem}")

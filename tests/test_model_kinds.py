@@ -1,0 +1,99 @@
+"""Models as people hold them: early files, pipelines of other tasks, and parts that a family does not know."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from known_traces import trace_nothing
+
+from fastloop.config import ModelConfig, SamplingConfig
+from fastloop.denoisers import build_skeleton, load_denoiser
+from fastloop.errors import UserError
+from fastloop.plan import plan
+from fastloop.rollout import sampler_table
+
+
+def edited(source: str, folder: Path, file: str, remove: tuple[str, ...] = (), **values) -> Path:
+    """A copy of a pipeline's folder, or that folder again, with other values in one of its JSON files."""
+    if not folder.exists():
+        shutil.copytree(source, folder)
+    found = json.loads((folder / file).read_text()) | values
+    (folder / file).write_text(json.dumps({key: value for key, value in found.items() if key not in remove}))
+    return folder
+
+
+def test_early_files_are_taken_as_stocks_pipeline_takes_them(tiny_sd, tmp_path, make_config, monkeypatch):
+    """`sample_size` of less than 64 before diffusers 0.9, no `steps_offset`, and a DDIM that does not say it does not clip."""
+    folder = edited(tiny_sd, tmp_path / "early", "unet/config.json", _diffusers_version="0.6.0", sample_size=32)
+    edited(tiny_sd, folder, "scheduler/scheduler_config.json", remove=("steps_offset", "clip_sample"))
+    config, sampling = ModelConfig(path=str(folder)), SamplingConfig(steps=4, guidance_scale=1)
+    stock = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
+    stock.scheduler.set_timesteps(4)
+    skeleton, loaded = build_skeleton(config), load_denoiser(config, torch.device("cpu"))
+    for denoiser in (skeleton, loaded):
+        assert denoiser.latent_shape(None, None)[1:] == (stock.unet.config.sample_size,) * 2 == (64, 64)
+        assert denoiser.notes == (
+            "early files: sample_size 64 for 32, steps_offset 1 for 0, clip_sample false for true, "
+            "as stock's pipeline takes them",
+        )
+    assert sampler_table(config, sampling).timesteps.equal(stock.scheduler.timesteps)
+    trace_nothing(monkeypatch)
+    assert f"note         {loaded.notes[0]}" in plan(make_config(model={"path": str(folder)}))
+    edited(tiny_sd, folder, "unet/config.json", _diffusers_version="0.9.0")  # from then on files say what they mean
+    assert build_skeleton(config).latent_shape(None, None)[1:] == (32, 32)
+    assert build_skeleton(ModelConfig(path=tiny_sd)).notes == ()
+
+
+@pytest.mark.parametrize("model, task", [("tiny_sd", "Img2Img"), ("tiny_sdxl", "Inpaint"), ("tiny_sd3", "Img2Img")])
+def test_a_pipeline_of_another_task_is_opened_as_its_text_to_image_base(request, tmp_path, model, task):
+    path = request.getfixturevalue(model)
+    base = json.loads((Path(path) / "model_index.json").read_text())["_class_name"]
+    name = base.replace("Pipeline", f"{task}Pipeline")
+    denoiser = build_skeleton(ModelConfig(path=str(edited(path, tmp_path / "copy", "model_index.json", _class_name=name))))
+    assert denoiser.pipeline_class.__name__ == base
+    assert denoiser.notes == (f"a {name}, opened as the {base} of its parts",)
+
+
+@pytest.mark.parametrize(
+    "file, values, says",
+    [
+        (
+            "unet/config.json",
+            {"time_cond_proj_dim": 8},
+            "the UNet of FOLDER has time_cond_proj_dim=8, which this trainer knows",
+        ),
+        ("unet/config.json", {"class_embed_type": "timestep"}, "the UNet of FOLDER has class_embed_type=timestep, which this"),
+        ("unet/config.json", {"num_class_embeds": 3}, "the UNet of FOLDER has num_class_embeds=3, which this trainer knows"),
+        ("unet/config.json", {"addition_embed_type": "text"}, "the UNet of FOLDER has addition_embed_type=text, which this"),
+        ("unet/config.json", {"out_channels": 8}, "takes 4 channels and gives 8: it is made for inpainting or predicts a"),
+        ("unet/config.json", {"in_channels": 9}, "takes 9 channels and gives 4: it is made for inpainting or predicts a"),
+        (
+            "model_index.json",
+            {"text_encoder": ["transformers", "BertModel"]},
+            "the text_encoder of FOLDER is a BertModel, and only a CLIPTextModel can be trained here",
+        ),
+        (
+            "model_index.json",
+            {"vae": ["diffusers", "AsymmetricAutoencoderKL"]},
+            "the vae of FOLDER is a AsymmetricAutoencoderKL, and only a AutoencoderKL can be trained here",
+        ),
+    ],
+    ids=str,
+)
+def test_what_a_family_does_not_know_is_refused_in_one_line(tiny_sd, tmp_path, file, values, says):
+    folder = edited(tiny_sd, tmp_path / "copy", file, **values)
+    with pytest.raises(UserError) as caught:
+        build_skeleton(ModelConfig(path=str(folder)))
+    assert says.replace("FOLDER", str(folder)) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("given", [0, 0.5, 1])
+def test_guidance_up_to_1_is_none_as_in_diffusers(make_config, given):
+    config = make_config(sampling={"guidance_scale": given}, eval={"sampling": {"guidance_scale": given}})
+    assert config.sampling.guidance_scale == 1 == config.eval_sampling.guidance_scale
+    assert config.sampling.branches == 1 == config.eval_sampling.branches
