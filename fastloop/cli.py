@@ -133,6 +133,8 @@ def _train_on(ranks, args: argparse.Namespace) -> int:
     trainer = Trainer(config, args.resume, ranks, profile)
     if ranks.main:
         print(prompts_line(trainer.prompts.prompts, trainer.eval_prompts))
+        for line in trainer.cut:
+            print(f"warning      {line}")
         batches = Batches(trainer.config, trainer.steps_trained, ranks.world)
         print(*caution_lines(trainer.denoiser), *derived_lines(batches, trainer.denoiser), sep="\n")
         if trainer.compiling:

@@ -54,6 +54,7 @@ def overview(checked: Checked, ranks: int = 1) -> list[str]:
         f"model        {name}, {config.model.adapter}, {config.model.dtype}, {_held_text(config)}{width} x {height} pixels",
         *caution_lines(checked.skeleton),
         prompts_line(checked.prompts, checked.eval_prompts),
+        *(f"warning      {line}" for line in checked.cut),
         *derived_lines(checked.batches(ranks), checked.skeleton),
     ]
 

@@ -18,9 +18,11 @@ from fastloop.compiling import with_compile
 from fastloop.config import Config, MemoryConfig
 from fastloop.denoisers import build_skeleton
 from fastloop.denoisers.base import Denoiser
+from fastloop.denoisers.files import model_source
+from fastloop.denoisers.parts import read_tokenizer
 from fastloop.engines.deepspeed import deepspeed_problem, deepspeed_settings
 from fastloop.engines.torch import pick_device
-from fastloop.errors import UserError
+from fastloop.errors import UserError, one_line
 from fastloop.machine import compiler_problem, flash_problem
 from fastloop.memory.choosing import Chosen, choose, free_bytes, probed_factor, with_batches
 from fastloop.memory.traces import Traced
@@ -49,6 +51,7 @@ class Checked:
     skeleton: Denoiser  # with what is trained, on the meta device
     config: Config  # with numbers where it had `auto`
     asked: MemoryConfig  # as it was given
+    cut: list[str]  # lines about prompts of which the model sees no end
     chosen: Chosen | None  # those that were chosen just now, and from what
     traced: Traced | None  # what they were chosen by; the skeleton is then its
 
@@ -121,8 +124,11 @@ def preflight(config: Config, ranks: Ranks = ALONE, resume: bool = False, gpu: b
         eval_size = skeleton.image_size(config.eval_sampling)
     except UserError as error:  # what training has in common with it has passed
         raise UserError(f"eval.{error}" if str(error).startswith("sampling.") else str(error)) from None
+    if config.export.format == "kohya" and not skeleton.kohya_names:
+        raise UserError(f"export.format: kohya has no names for a {skeleton.pipeline_class.__name__}: set it to diffusers")
     if config.dlpo.data is not None:
         check_pictures(config.dlpo.data, prompts, skeleton, config.sampling)
+    cut = _cut_lines(config, skeleton, {"prompts": prompts, "eval.prompts": eval_prompts})
     skeleton.train_adapter(config.memory.gradient_checkpointing, seed=config.seed)
     texts = distinct_texts(config, prompts, eval_prompts)
     config, chosen, traced = _settle(config, skeleton, steps_trained, texts, device, ranks, earlier, gpu)
@@ -142,9 +148,31 @@ def preflight(config: Config, ranks: Ranks = ALONE, resume: bool = False, gpu: b
         skeleton=skeleton,
         config=config,
         asked=asked,
+        cut=cut,
         chosen=chosen,
         traced=traced,
     )
+
+
+def _cut_lines(config: Config, skeleton: Denoiser, lists: dict[str, list[Prompt]]) -> list[str]:
+    """Lines about prompts that are too long for the model. Raises ``UserError`` where ``too_long`` is error."""
+    path, lines = model_source(config.model), []
+    tokenizers = {
+        name.replace("text_encoder", "tokenizer"): read_tokenizer(name, path, config.model, encoder.config)
+        for name, encoder in skeleton.text_encoders.items()
+    }
+    for key, prompts in lists.items():
+        texts = list(dict.fromkeys(prompt.text for prompt in prompts))
+        if not (cut := skeleton.cut(texts, tokenizers)):
+            continue
+        said = (
+            f"{len(cut)} of {len(texts)} have more tokens than the text encoders take, so that the model does not see their "
+            f"end, which rewards do: {one_line(cut[0])[:120]!r}"
+        )
+        if (config.prompts if key == "prompts" else config.eval.prompts).too_long == "error":
+            raise UserError(f"{key}.too_long: {said}: shorten them, or set it to warn")
+        lines.append(f"{key}: {said}")
+    return lines
 
 
 def _earlier(config: Config, ranks: Ranks) -> Config | None:

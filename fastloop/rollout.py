@@ -14,7 +14,7 @@ from tqdm import tqdm
 from fastloop import kernels
 from fastloop.config import ModelConfig, SamplingConfig
 from fastloop.denoisers import family
-from fastloop.denoisers.files import model_source, read_json
+from fastloop.denoisers.files import model_source, read_scheduler
 from fastloop.denoisers.residence import upload
 from fastloop.errors import RewardFailed, UserError
 from fastloop.prompts import Prompt
@@ -277,7 +277,7 @@ def sampler_table(model: ModelConfig, sampling: SamplingConfig) -> TransitionTab
     path = model_source(model)
     adapter = family(path, model)  # refuses what cannot be trained, whatever its scheduler
     adapter.check_settings(path, model, sampling)
-    scheduler = adapter.as_in_stock(read_json(path, model, "scheduler_config.json", "scheduler"))
+    scheduler = adapter.as_in_stock(read_scheduler(path, model))
     try:
         flow = adapter.flow_times(path, model, scheduler, sampling)
         return transition_table(scheduler, sampling.steps, sampling.eta, sampling.noise, flow, sampling.noise_steps)

@@ -27,6 +27,8 @@ def _of_model(config: Config) -> str | None:
     model = config.model
     if model.lora.text_encoders and model.adapter == "full":
         return "model.lora.text_encoders: model.adapter=full trains the UNet alone: set it to false, or model.adapter=lora"
+    if config.export.format == "kohya" and model.adapter == "full":
+        return "export.format: kohya is a format of adapters: set model.adapter=lora, or format to diffusers"
     if model.base_precision and model.adapter == "full":
         return (
             f"model.base_precision: {model.base_precision} is for weights that stay as they are, and model.adapter=full "

@@ -185,4 +185,4 @@ class Trainer(TrainingRun):
     def _export_to(self, folder: Path, weights: dict[str, torch.Tensor]) -> None:
         """The trained weights as stock diffusers loads them."""
         with holding(self.parameters, weights):
-            self.denoiser.export(folder, self.config.export.dtype)
+            self.denoiser.export(folder, self.config.export.dtype, self.config.export.format)

@@ -77,7 +77,7 @@ class TrainingRun:
         self.config, self.ranks, self.observer, self.chosen = checked.config, ranks, observer, None
         config = self.config
         self.device, self.table, self.steps_trained = checked.device, checked.table, checked.steps_trained
-        self.rewards, self.eval_rewards = checked.rewards, checked.eval_rewards
+        self.rewards, self.eval_rewards, self.cut = checked.rewards, checked.eval_rewards, checked.cut
         self.prompts, self.eval_prompts = PromptStream(checked.prompts, config.seed), checked.eval_prompts
         facts = prompt_facts(checked.prompts, checked.eval_prompts)
         self.held_out = facts["eval.prompts"]["trained_too"] == 0  # whether training sees none of the evaluation's prompts

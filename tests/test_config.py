@@ -187,7 +187,7 @@ def test_numbers_of_a_rollout_are_derived(load):
 
 def test_a_step_without_noise_is_not_trained(load, tmp_path):
     (tmp_path / "scheduler").mkdir()
-    (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
+    (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionXLPipeline"}')  # stock corrects SD's
     (tmp_path / "scheduler" / "scheduler_config.json").write_text('{"_class_name": "PNDMScheduler", "steps_offset": 0}')
     model = f"model: {{path: {tmp_path}}}\nsampling: {{steps: 4}}\n"
     assert steps_of(load(f"{REWARDS}{model}")).tolist() == [0, 1, 2]  # the last step starts at timestep 0
@@ -370,7 +370,7 @@ WRONG_VALUES = [
         "sampling: {steps: 9, noise_steps: [1, 2]}\neval: {sampling: {steps: 20}}",
         "eval.sampling.eta: sampling.noise_steps counts training's 9 steps, and evaluations have 20: set it to 0",
     ),
-    ("sampling: {guidance_scale: 0.5}", "sampling.guidance_scale: input should be greater than or equal to 1"),
+    ("sampling: {guidance_scale: -1}", "sampling.guidance_scale: input should be greater than or equal to 0"),
     ("timestep_fraction: 1.5", "timestep_fraction: input should be less than or equal to 1"),
     ("ema: {decay: 1}", "ema.decay: input should be less than 1"),
     ("kl: {weight: -1}", "kl.weight: input should be greater than or equal to 0"),

@@ -15,6 +15,7 @@ from fastloop.config import ModelConfig, SamplingConfig
 from fastloop.denoisers import build_skeleton, load_denoiser
 from fastloop.errors import UserError
 from fastloop.plan import plan
+from fastloop.preflight import preflight
 from fastloop.rollout import sampler_table
 
 
@@ -97,3 +98,68 @@ def test_guidance_up_to_1_is_none_as_in_diffusers(make_config, given):
     config = make_config(sampling={"guidance_scale": given}, eval={"sampling": {"guidance_scale": given}})
     assert config.sampling.guidance_scale == 1 == config.eval_sampling.guidance_scale
     assert config.sampling.branches == 1 == config.eval_sampling.branches
+
+
+def test_a_full_export_has_the_bases_small_files_as_they_are_and_names_a_tokenizer_that_stock_loads(tiny_sd, tmp_path):
+    """Old versions of transformers read other files of a tokenizer than this one writes."""
+    folder = edited(tiny_sd, tmp_path / "base", "model_index.json", tokenizer=["transformers", "AutoTokenizer"])
+    edited(tiny_sd, folder, "scheduler/scheduler_config.json", a_key_of_its_own=1)
+    (folder / "tokenizer" / "vocab.json").write_text("{}")
+    denoiser = load_denoiser(ModelConfig(path=str(folder), adapter="full"), torch.device("cpu"))
+    denoiser.export(tmp_path / "export", "fp16")
+    for part in ("tokenizer", "scheduler"):
+        files = {file.name: file.read_bytes() for file in (folder / part).iterdir()}
+        assert files == {file.name: file.read_bytes() for file in (tmp_path / "export" / part).iterdir()}
+    (tmp_path / "export" / "tokenizer" / "vocab.json").unlink()  # which is no vocabulary
+    pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "export", torch_dtype=torch.float16)
+    assert pipeline.tokenizer("a red circle").input_ids == denoiser.tokenizers["tokenizer"]("a red circle").input_ids
+    assert pipeline.safety_checker is None and pipeline.unet.dtype == pipeline.vae.dtype == torch.float16
+
+
+@pytest.mark.parametrize(
+    "changes, says",
+    [
+        ({"model": {"adapter": "full", "lora": {}}}, "export.format: kohya is a format of adapters: set model.adapter=lora"),
+        ({"model": {"path": "assets:shapes_flow"}}, "export.format: kohya has no names for a StableDiffusion3Pipeline"),
+    ],
+    ids=str,
+)
+def test_kohyas_format_is_for_adapters_of_models_that_it_has_names_for(make_config, changes, says):
+    with pytest.raises(UserError) as caught:
+        preflight(make_config(export={"format": "kohya"}, **changes))
+    assert says in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_keys_of_the_scheduler_can_be_set_and_are_exported_and_others_are_refused(tiny_sd, tmp_path):
+    given = {"prediction_type": "v_prediction", "timestep_spacing": "trailing"}
+    config, sampling = ModelConfig(path=tiny_sd, adapter="full", scheduler=given), SamplingConfig(steps=4, guidance_scale=1)
+    table, plain = sampler_table(config, sampling), sampler_table(ModelConfig(path=tiny_sd), sampling)
+    assert table.schedule.prediction == "v_prediction" and not table.timesteps.equal(plain.timesteps)
+    load_denoiser(config, torch.device("cpu")).export(tmp_path / "export")
+    exported = sampler_table(ModelConfig(path=str(tmp_path / "export")), sampling)
+    assert exported.schedule.prediction == "v_prediction" and exported.timesteps.equal(table.timesteps)
+    for key, says in (("prediction_typ", "; did you mean prediction_type?"), ("_class_name", ""), ("shift", "")):
+        with pytest.raises(UserError, match=f"^model.scheduler.{key}: a DDIMScheduler has no such key"):
+            sampler_table(ModelConfig(path=tiny_sd, scheduler={key: 1}), sampling)
+        assert says in str(
+            pytest.raises(UserError, sampler_table, ModelConfig(path=tiny_sd, scheduler={key: 1}), sampling).value
+        )
+
+
+def test_prompts_whose_end_no_text_encoder_sees_are_named_or_refused(make_config, tiny_sd, tiny_sdxl, tmp_path, monkeypatch):
+    trace_nothing(monkeypatch)
+    tokenizer = load_denoiser(ModelConfig(path=tiny_sd), torch.device("cpu")).tokenizers["tokenizer"]
+    most = tokenizer.model_max_length - 2  # words between the first and the last token
+    whole, cut = " ".join(["red"] * most), " ".join(["red"] * (most + 1))
+    assert len(tokenizer(whole).input_ids) == tokenizer.model_max_length
+    (tmp_path / "prompts.txt").write_text(f"{whole}\n{cut}\na red circle\n")
+    for path in (tiny_sd, tiny_sdxl):
+        config = {"model": {"path": path}, "prompts": {"source": str(tmp_path / "prompts.txt")}}
+        (line,) = preflight(make_config(**config)).cut
+        assert line.startswith("prompts: 1 of 3 have more tokens than the text encoders take, so that the model does not see")
+        assert line.endswith(f"{cut[:120]!r}") and f"warning      {line}" in plan(make_config(**config))
+        with pytest.raises(
+            UserError, match=r"^prompts.too_long: 1 of 3 have more tokens .*: shorten them, or set it to warn$"
+        ):
+            preflight(make_config(**{**config, "prompts": {**config["prompts"], "too_long": "error"}}))
+    assert preflight(make_config()).cut == []

@@ -126,6 +126,15 @@ def test_same_latents_in_same_prediction_out_and_the_same_latents_and_pictures_i
     assert images.std() > 5
 
 
+def test_encoding_reads_the_models_index_once(tiny_sdxl, monkeypatch) -> None:
+    denoiser, seen = load(tiny_sdxl), []
+    monkeypatch.setattr("fastloop.denoisers.sdxl.read_json", lambda *args: seen.append(args) or {})
+    denoiser._keep = lambda new: None  # as with text encoders that are trained
+    for _ in range(3):
+        denoiser.encode(PROMPTS, SamplingConfig(guidance_scale=3.0))
+    assert len(seen) == 1
+
+
 def test_the_prediction_depends_on_the_sizes_and_the_pooled_embedding(tiny_sdxl) -> None:
     denoiser = load(tiny_sdxl)
     x, t = initial_noise(0, torch.arange(3), (4, 8, 8)), torch.tensor([500] * 3)

@@ -143,10 +143,13 @@ def test_resumed_it_equals_the_unbroken_run(make_run):
 def test_sdxl_exported_gives_the_same_pictures_in_stock_diffusers(make_run, path):
     trainer = make_run("run", optimizer={"lr": 0.1})
     sampling = SamplingConfig(steps=4, guidance_scale=3.0)
-    pipeline = stock(path)
-    pipeline.load_lora_weights(trainer.folder / "export")
-    after = stock_run(pipeline, sampling, (4, 8, 8))[1]
-    assert levels(pictures(trainer, sampling), after) <= 1
+    trainer.denoiser.export(trainer.folder / "kohya", format="kohya")
+    ours = pictures(trainer, sampling)
+    for export in ("kohya", "export"):
+        pipeline = stock(path)
+        pipeline.load_lora_weights(trainer.folder / export)
+        after = stock_run(pipeline, sampling, (4, 8, 8))[1]
+        assert levels(ours, after) <= 1
     pipeline.text_encoder.disable_adapters()
     pipeline.text_encoder_2.disable_adapters()
     assert levels(stock_run(pipeline, sampling, (4, 8, 8))[1], after) > 5
@@ -156,16 +159,20 @@ def test_sdxl_exported_gives_the_same_pictures_in_stock_diffusers(make_run, path
 @pytest.mark.parametrize("alpha", [None, 8.0])
 def test_sd_exported_gives_the_same_embeddings_in_stock_diffusers(path, tmp_path, alpha):
     denoiser = trained(path, 0.2, lora={**TEXT["lora"], "alpha": alpha})
-    denoiser.export(tmp_path)
-    pipeline = stock(path)
-    before, _ = pipeline.encode_prompt("a red circle", CPU, 1, False)
-    pipeline.load_lora_weights(tmp_path)
-    after, _ = pipeline.encode_prompt("a red circle", CPU, 1, False)
     ours, _ = denoiser.encode(["a red circle"], SamplingConfig(guidance_scale=1.0))
-    assert (after - before).abs().max() > 1e-2
-    torch.testing.assert_close(ours, after)
-    names = load_file(tmp_path / "pytorch_lora_weights.safetensors")
-    assert {name.split(".")[0] for name in names} == {"unet", "text_encoder"}
+    names = {}
+    for format in ("diffusers", "kohya"):
+        denoiser.export(tmp_path / format, format=format)
+        pipeline = stock(path)
+        before, _ = pipeline.encode_prompt("a red circle", CPU, 1, False)
+        pipeline.load_lora_weights(tmp_path / format)
+        after, _ = pipeline.encode_prompt("a red circle", CPU, 1, False)
+        assert (after - before).abs().max() > 1e-2
+        torch.testing.assert_close(ours, after)
+        names[format] = load_file(tmp_path / format / "pytorch_lora_weights.safetensors").keys()
+    # readers before transformers 5 and those of kohya's format look for this level
+    assert {name.split(".layers")[0] for name in names["diffusers"]} >= {"text_encoder.text_model.encoder"}
+    assert {name.split("_layers")[0] for name in names["kohya"] if "_te_" in name} == {"lora_te_text_model_encoder"}
 
 
 def test_the_plan_counts_adapters_and_what_the_text_encoders_keep_for_the_backward(make_config, path, monkeypatch):

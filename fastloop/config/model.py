@@ -58,6 +58,11 @@ class ModelConfig(Strict):
     )
     revision: str | None = Field(None, description="branch, tag or commit of a hub id; null: its main branch")
     variant: str | None = Field(None, description="variant of the weight files, such as `fp16`; null: those without a variant")
+    scheduler: dict[str, Any] = Field(
+        {},
+        description="keys of the scheduler's config that are other than in the model's files, such as "
+        "`{prediction_type: v_prediction}`; exports of a whole pipeline have them",
+    )
     max_sequence_length: Annotated[int, Field(ge=1, le=512)] | None = Field(
         None,
         description="SD3 and FLUX only: tokens of T5 or Qwen3; shorter texts are padded, which changes the picture; null"

@@ -95,3 +95,8 @@ class ExportConfig(Strict):
     """The result, as stock diffusers loads it."""
 
     dtype: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="of all weights in the exported files")
+    format: Literal["diffusers", "kohya"] = Field(
+        "diffusers",
+        description="of adapters: for `load_lora_weights`, or in kohya's names, which A1111, Forge and ComfyUI read too; "
+        "kohya for Stable Diffusion 1.x, 2.x and XL",
+    )

@@ -18,7 +18,7 @@ from transformers.utils import logging as transformers_logging
 from fastloop.config import ModelConfig, SamplingConfig
 from fastloop.denoisers.adapters import Adapters
 from fastloop.denoisers.export import Export
-from fastloop.denoisers.files import read_json
+from fastloop.denoisers.files import read_json, small_files
 from fastloop.denoisers.parts import DTYPES, build_part, maker, random_part, read_part, read_tokenizer
 from fastloop.denoisers.quantised import quantise_parts
 from fastloop.denoisers.residence import Residence
@@ -179,6 +179,8 @@ class Denoiser(TextEncoding, Adapters, Residence, Export):
         dtype = DTYPES[config.dtype]
         get = random_part if config.random_init else read_part
         first = torch.device("cpu") if config.base_precision else device  # whole it might not fit onto the device
+        if config.adapter == "full" and not config.random_init:
+            small_files(path, config)  # which the export copies: what cannot be had is missed now, not then
         text_encoders = {
             name: get(name, kind, path, config, dtype, first) for name, kind in cls.encoders_of(path, config).items()
         }

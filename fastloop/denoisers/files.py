@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib.util
+import inspect
 import json
 from pathlib import Path
 
+import diffusers
+
 from fastloop.config import ModelConfig
-from fastloop.errors import UserError
+from fastloop.errors import UserError, one_line
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 ARCHITECTURES = ASSETS / "architectures"  # published configs, without weights
@@ -35,14 +39,14 @@ def resolve_path(path: str) -> str:
         return str(ASSETS / name)
     folder = Path(path).expanduser()
     try:
-        found, beside = folder.is_dir(), folder.parent.is_dir()
+        found = folder.is_dir()
     except (OSError, ValueError) as error:
         raise UserError(f"model.path: {getattr(error, 'strerror', None) or error}: {path[:80]!r}") from None
     if found:
         if not (folder / "model_index.json").exists():
             raise UserError(f"model.path: {path} has no model_index.json: give the folder of a diffusers pipeline")
         return str(folder)
-    if path.startswith(("/", ".", "~")) or path.count("/") != 1 or beside:
+    if path.startswith(("/", ".", "~")) or path.count("/") != 1:
         raise UserError(f"model.path: no folder {path}: give a diffusers folder, a hub id OWNER/NAME, or assets:shapes")
     return path
 
@@ -66,7 +70,42 @@ def read_json(path: str, config: ModelConfig, name: str, subfolder: str | None =
         return values
     except Exception as error:  # the hub's client raises many kinds
         reason = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
-        raise UserError(f"model.path: cannot read {where} of {path}: {reason.splitlines()[0]}") from None
+        beside = "" if Path(path).is_dir() or not Path(path).parent.is_dir() else f", and there is no folder {path} here"
+        raise UserError(f"model.path: cannot read {where} of {path}: {one_line(reason)}{beside}") from None
+
+
+def read_scheduler(path: str, config: ModelConfig) -> dict:
+    """Read the config of a pipeline's scheduler, with the keys of ``model.scheduler`` over it.
+
+    Raises:
+        UserError: as `read_json`; a key that no scheduler of this class has.
+    """
+    found = read_json(path, config, "scheduler_config.json", "scheduler")
+    kind = getattr(diffusers, str(found.get("_class_name")), diffusers.DDIMScheduler)
+    known = {*inspect.signature(kind.__init__).parameters, *found} - {"self"}
+    for key in config.scheduler:
+        if key not in known or key.startswith("_"):
+            close = difflib.get_close_matches(key, [name for name in known if not name.startswith("_")], n=1)
+            remedy = f"; did you mean {close[0]}?" if close else ""
+            raise UserError(f"model.scheduler.{key}: a {kind.__name__} has no such key{remedy}")
+    return found | config.scheduler
+
+
+def small_files(path: str, config: ModelConfig) -> Path:
+    """Return the folder of a pipeline with its scheduler and tokenizers; of a hub id what is not there is fetched.
+
+    Raises:
+        UserError: the hub cannot be asked, and has not been before.
+    """
+    if Path(path).is_dir():
+        return Path(path)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(path, revision=config.revision, allow_patterns=["tokenizer*/*", "scheduler/*"]))
+    except Exception as error:  # the hub's client raises many kinds
+        reason = str(error).strip() or type(error).__name__
+        raise UserError(f"model.path: cannot fetch the tokenizer of {path}: {one_line(reason)}") from None
 
 
 def refuse_own_code(path: str, index: dict) -> None:

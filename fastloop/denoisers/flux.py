@@ -16,7 +16,7 @@ from diffusers import FluxPipeline, FluxTransformer2DModel
 from transformers import CLIPTextModel, T5EncoderModel
 
 from fastloop.config import ModelConfig, SamplingConfig
-from fastloop.denoisers.files import read_json
+from fastloop.denoisers.files import read_json, read_scheduler
 from fastloop.denoisers.parts import DTYPES, refuse_misfits
 from fastloop.denoisers.transformer import Conditioning, TransformerDenoiser
 from fastloop.errors import UserError
@@ -84,7 +84,7 @@ class Flux(TransformerDenoiser):
     @classmethod
     def is_schnell(cls, path: str, config: ModelConfig) -> bool:
         """Say whether a model is distilled to a few steps: it takes no guidance, and its times are not shifted by the size."""
-        shifts = read_json(path, config, "scheduler_config.json", "scheduler").get("use_dynamic_shifting", False)
+        shifts = read_scheduler(path, config).get("use_dynamic_shifting", False)
         return not shifts and not cls.takes_guidance(path, config)
 
     @classmethod

@@ -11,7 +11,7 @@ from transformers import CLIPTokenizer, PreTrainedConfig, PreTrainedTokenizerBas
 
 from fastloop.config import ModelConfig
 from fastloop.denoisers.files import ASSETS, read_json
-from fastloop.errors import UserError
+from fastloop.errors import UserError, one_line
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 QWEN_PAD = "<|endoftext|>"
@@ -109,8 +109,8 @@ def _refusing(name: str, path: str, config: ModelConfig) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # diffusers and transformers raise many kinds
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = one_line(error) or type(error).__name__
         raise UserError(
             f"model.path: cannot load the {name} of {path} (safetensors only"
-            f"{'' if config.variant is None else f', variant {config.variant}'}): {first}"
+            f"{'' if config.variant is None else f', variant {config.variant}'}): {reason}"
         ) from None

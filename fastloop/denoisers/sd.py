@@ -11,7 +11,7 @@ from packaging.version import Version
 from transformers import CLIPTextModel
 
 from fastloop.config import SamplingConfig
-from fastloop.denoisers.files import read_json
+from fastloop.denoisers.files import read_scheduler
 from fastloop.denoisers.parts import DTYPES, refuse_misfits
 from fastloop.denoisers.unet import UNetDenoiser
 from fastloop.transitions.ddim import with_defaults
@@ -22,6 +22,7 @@ class StableDiffusion(UNetDenoiser):
 
     pipeline_class = StableDiffusionPipeline
     text_classes = {"text_encoder": CLIPTextModel}
+    kohya_names = {"unet": "lora_unet", "text_encoder": "lora_te"}
     absent = {**dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder")), "requires_safety_checker": False}
 
     @classmethod
@@ -54,7 +55,7 @@ class StableDiffusion(UNetDenoiser):
     @property
     def notes(self) -> tuple[str, ...]:
         """What stock's pipeline corrects in early files, and this one with it."""
-        scheduler = with_defaults(read_json(self.path, self.config, "scheduler_config.json", "scheduler"))
+        scheduler = with_defaults(read_scheduler(self.path, self.config))
         sizes = [("sample_size", super().own_latent_size, self.own_latent_size)]
         found = sizes + [(key, scheduler[key], now) for key, now in self.as_in_stock({}).items()]
         changed = [f"{key} {json.dumps(now)} for {json.dumps(before)}" for key, before, now in found if before != now]

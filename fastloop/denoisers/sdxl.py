@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -42,6 +43,7 @@ class StableDiffusionXL(UNetDenoiser):
     pipeline_class = StableDiffusionXLPipeline
     text_classes = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
     absent = dict.fromkeys(("image_encoder", "feature_extractor"))
+    kohya_names = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
     upcasts_vae = True
     sizes_condition = True
     known_embeddings = {"addition_embed_type": "text_time"}
@@ -70,7 +72,7 @@ class StableDiffusionXL(UNetDenoiser):
             ("VAE", vae.latent_channels, network.in_channels, "in_channels"),
         )
 
-    @property
+    @cached_property
     def absent_is_zero(self) -> bool:
         """As the pipeline's ``force_zeros_for_empty_prompt``."""
         return read_json(self.path, self.config, "model_index.json").get("force_zeros_for_empty_prompt", True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import nullcontext
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from fastloop.config import SamplingConfig
 from fastloop.denoisers.residence import upload
@@ -75,6 +76,15 @@ class TextEncoding:
         if text is None and self.absent_is_zero:
             return tuple(torch.zeros_like(tensor) for tensor in self.blank_embedding())
         return self.embed([self.tokens(name, text or "") for name in self.tokenizers])
+
+    def cut(self, prompts: list[str], tokenizers: dict[str, PreTrainedTokenizerBase]) -> list[str]:
+        """Return the prompts of which no text encoder sees the end; ``tokenizers`` by part, as in a pipeline."""
+        whole = set()
+        for name, tokenizer in tokenizers.items():
+            length = min(tokenizer.model_max_length, self.text_length(name.replace("tokenizer", "text_encoder")))
+            found = tokenizer(prompts, verbose=False).input_ids  # it would warn of each that is longer
+            whole |= {prompt for prompt, ids in zip(prompts, found, strict=True) if len(ids) <= length}
+        return [prompt for prompt in prompts if prompt not in whole]
 
     def text_length(self, encoder: str) -> int:
         """Return the tokens that a text encoder takes."""
