@@ -20,6 +20,7 @@ from fastloop.denoisers import build_skeleton
 from fastloop.denoisers.base import Denoiser
 from fastloop.denoisers.files import model_source
 from fastloop.denoisers.parts import read_tokenizer
+from fastloop.denoisers.weights import check_files
 from fastloop.engines.deepspeed import deepspeed_problem, deepspeed_settings
 from fastloop.engines.torch import pick_device
 from fastloop.errors import UserError, one_line
@@ -118,6 +119,8 @@ def preflight(config: Config, ranks: Ranks = ALONE, resume: bool = False, gpu: b
     if config.model.compile == "auto" and earlier and earlier.model.compile != "auto":
         config = with_compile(config, earlier.model.compile if compile_problem(config, device) is None else False)
     skeleton = build_skeleton(config.model)
+    if not config.model.random_init:
+        check_files(skeleton.parts, skeleton.path, config.model)
     size = skeleton.image_size(config.sampling)
     try:
         sampler_table(config.model, config.eval_sampling)

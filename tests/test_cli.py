@@ -15,7 +15,7 @@ import torch
 import yaml
 from diffusers.utils import logging as diffusers_logging
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import fastloop
 from fastloop.cli import main
@@ -274,9 +274,10 @@ def change(name: str, **values):
     return damage
 
 
-def pickle_weights(folder: Path) -> None:
+def pickle_code(folder: Path) -> None:
     for path in folder.rglob("*.safetensors"):
-        torch.save(load_file(path), path.with_suffix(".bin"))
+        name = path.name if path.name.startswith("diffusion") else "pytorch_model"
+        torch.save({"weight": print}, path.with_name(name).with_suffix(".bin"))
         path.unlink()
 
 
@@ -328,7 +329,7 @@ CONFIG_DAMAGES = {
     ),
     "no scheduler": (remove("scheduler"), f"cannot read {SCHEDULER} of MODEL: No such file or directory"),
     "a torn scheduler": (write(SCHEDULER, '{"a": '), f"cannot read {SCHEDULER} of MODEL: Expecting value"),
-    "a clipping scheduler": (change(SCHEDULER, clip_sample=True), "clip_sample=true: the step is then not affine"),
+    "a thresholding scheduler": (change(SCHEDULER, thresholding=True), "thresholding=true: the step is then not affine"),
     "a scheduler without betas": (
         change(SCHEDULER, _class_name="FlowMatchEulerDiscreteScheduler"),
         "_class_name=FlowMatchEulerDiscreteScheduler",
@@ -341,10 +342,10 @@ CONFIG_DAMAGES = {
 }
 
 WEIGHT_DAMAGES = {
-    "no unet weights": (remove(UNET), "cannot load the unet of MODEL (safetensors only)"),
+    "no unet weights": (remove(UNET), "cannot load the unet of MODEL: there are no weights in its folder"),
     "no tokenizer": (remove("tokenizer"), "the tokenizer of MODEL has 2 words and its text encoder"),
     "no words": (remove("tokenizer/tokenizer.json"), "the tokenizer of MODEL has 2 words and its text encoder"),
-    "pickled weights": (pickle_weights, "cannot load the text_encoder of MODEL (safetensors only)"),
+    "pickled code": (pickle_code, "cannot load the text_encoder of MODEL"),
     "a torn unet": (lambda folder: (folder / UNET).write_bytes((folder / UNET).read_bytes()[:999]), "load the unet of"),
     "a torn text encoder": (
         write("text_encoder/model.safetensors", b"\0" * 99),
@@ -352,7 +353,11 @@ WEIGHT_DAMAGES = {
     ),
     "a pointer to large files": (
         write("vae/diffusion_pytorch_model.safetensors", "version https://git-lfs.github.com/spec/v1\n"),
-        "cannot load the vae of MODEL",
+        "cannot load the vae of MODEL: diffusion_pytorch_model.safetensors is a pointer of git-LFS: run git lfs pull",
+    ),
+    "another part's weights": (
+        lambda folder: shutil.copy(folder / "vae/diffusion_pytorch_model.safetensors", folder / UNET),
+        "cannot load the unet of MODEL: diffusion_pytorch_model.safetensors has other weights than such a part, ",
     ),
     "a unet of another shape": (change("unet/config.json", layers_per_block=2), "cannot load the unet of MODEL"),
 }
@@ -376,10 +381,11 @@ def test_a_bad_model_folder_is_refused_before_anything_is_made(recipe, tiny_sd, 
 
 @pytest.mark.parametrize("name", WEIGHT_DAMAGES)
 def test_bad_weights_are_refused_and_nothing_is_unpickled(recipe, tiny_sd, refused, monkeypatch, name):
-    def unpickled(*_, **__):
-        raise AssertionError("something was unpickled")
+    def unpickled(*args, **kwargs):
+        assert kwargs["weights_only"], "something may be unpickled"
+        return load(*args, **kwargs)
 
-    damage, says = WEIGHT_DAMAGES[name]
+    (damage, says), load = WEIGHT_DAMAGES[name], torch.load
     path = damaged(tiny_sd, damage)
     monkeypatch.setattr("torch.load", unpickled)
     message = refused("train", recipe, f"model.path={path}")
@@ -409,7 +415,8 @@ def test_a_model_that_is_not_there_is_refused_before_anything_is_made(recipe, re
 
 
 def test_weights_of_a_variant_that_is_not_there_are_refused_with_its_name(recipe, refused):
-    assert "(safetensors only, variant fp16)" in refused("train", recipe, "model.variant=fp16")
+    for command in ("train", "plan"):
+        assert "has files of the variant fp16: leave it out" in refused(command, recipe, "model.variant=fp16")
 
 
 @pytest.mark.parametrize(
@@ -538,7 +545,10 @@ def test_resuming_with_another_config_names_the_key_that_differs(recipe, begun, 
 
 
 def test_a_start_that_was_refused_does_not_block_the_next(recipe, tiny_sd, refused):
-    path = damaged(tiny_sd, remove(UNET))
+    def lose_a_weight(folder: Path) -> None:  # which shows when the model loads
+        save_file({k: v for k, v in load_file(folder / UNET).items() if k != "conv_out.bias"}, folder / UNET)
+
+    path = damaged(tiny_sd, lose_a_weight)
     for _ in range(2):  # the second is not told that the folder holds a run
         assert refused("train", recipe, f"model.path={path}").startswith("model.path: cannot load the unet of ")
         assert sorted(file.name for file in Path("run").iterdir()) == [".lock", "config.yaml", "prompts.json"]

@@ -10,6 +10,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from known_traces import trace_nothing
+from safetensors.torch import load_file
 
 from fastloop.config import ModelConfig, SamplingConfig
 from fastloop.denoisers import build_skeleton, load_denoiser
@@ -163,3 +164,26 @@ def test_prompts_whose_end_no_text_encoder_sees_are_named_or_refused(make_config
         ):
             preflight(make_config(**{**config, "prompts": {**config["prompts"], "too_long": "error"}}))
     assert preflight(make_config()).cut == []
+
+
+def test_each_part_is_read_from_the_files_that_it_has_and_a_line_says_so(tiny_sd, tmp_path, make_config):
+    """The variant for some parts only, as many repositories have it, and one part without safetensors."""
+    folder = Path(shutil.copytree(tiny_sd, tmp_path / "mixed"))
+    for part, name in (("unet", "diffusion_pytorch_model"), ("text_encoder", "model")):
+        (folder / part / f"{name}.safetensors").rename(folder / part / f"{name}.fp16.safetensors")
+    vae = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    torch.save(load_file(vae), vae.with_suffix(".bin"))
+    vae.unlink()
+    config = make_config(model={"path": str(folder), "variant": "fp16"})
+    assert preflight(config).skeleton.notes == (
+        "the vae has no files of the variant fp16: those without one are read",
+        "the vae has no safetensors: its .bin is read, of which nothing but tensors is unpickled",
+    )
+    loaded, wanted = (
+        load_denoiser(config.model, torch.device("cpu")),
+        load_denoiser(ModelConfig(path=tiny_sd), torch.device("cpu")),
+    )
+    for part, module in loaded.parts.items():
+        assert all(value.equal(wanted.parts[part].state_dict()[name]) for name, value in module.state_dict().items())
+    with pytest.raises(UserError, match=r"^model.variant: the \w+ of .* alone: set model.variant=fp16$"):
+        preflight(make_config(model={"path": str(folder)}))

@@ -57,7 +57,9 @@ class ModelConfig(Strict):
         "in full size with random weights, without a download",
     )
     revision: str | None = Field(None, description="branch, tag or commit of a hub id; null: its main branch")
-    variant: str | None = Field(None, description="variant of the weight files, such as `fp16`; null: those without a variant")
+    variant: str | None = Field(
+        None, description="variant of the weight files, such as `fp16`, of the parts that have it; null: those without"
+    )
     scheduler: dict[str, Any] = Field(
         {},
         description="keys of the scheduler's config that are other than in the model's files, such as "

@@ -1,6 +1,6 @@
 """What all model families share: a text becomes a condition, latents become the network's outputs, and latents pictures.
 
-Only safetensors are read. The model's own dtype is ``model.dtype``; what goes in and out as latents is float32.
+Of its files nothing but tensors is read. The model's own dtype is ``model.dtype``; what goes in and out as latents is float32.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from fastloop.denoisers.parts import DTYPES, build_part, maker, random_part, rea
 from fastloop.denoisers.quantised import quantise_parts
 from fastloop.denoisers.residence import Residence
 from fastloop.denoisers.texts import TextEncoding
+from fastloop.denoisers.weights import file_notes
 from fastloop.errors import RunFailed, UserError
 from fastloop.observer import UNOBSERVED
 
@@ -89,7 +90,8 @@ class Denoiser(TextEncoding, Adapters, Residence, Export):
     def notes(self) -> tuple[str, ...]:
         """What is taken otherwise than the model's files say, a line each."""
         found, own = read_json(self.path, self.config, "model_index.json")["_class_name"], self.pipeline_class.__name__
-        return () if found == own else (f"a {found}, opened as the {own} of its parts",)
+        files = () if self.config.random_init else file_notes(list(self.parts), self.path, self.config)
+        return files if found == own else (f"a {found}, opened as the {own} of its parts", *files)
 
     @property
     def max_sequence_length(self) -> int | None:

@@ -11,6 +11,7 @@ from transformers import CLIPTokenizer, PreTrainedConfig, PreTrainedTokenizerBas
 
 from fastloop.config import ModelConfig
 from fastloop.denoisers.files import ASSETS, read_json
+from fastloop.denoisers.weights import choose_files
 from fastloop.errors import UserError, one_line
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -48,7 +49,8 @@ def maker(kind: type):
 def read_part(name: str, kind: type, path: str, config: ModelConfig, dtype: torch.dtype, _: torch.device) -> torch.nn.Module:
     """Load a part's weights in a dtype. Raises ``UserError`` where they are not there or not complete."""
     key = "torch_dtype" if hasattr(kind, "from_config") else "dtype"  # diffusers, transformers
-    weights = {"use_safetensors": True, "variant": config.variant, "output_loading_info": True, key: dtype}
+    files = choose_files(name, path, config)
+    weights = {"use_safetensors": files.safetensors, "variant": files.variant, "output_loading_info": True, key: dtype}
     with _refusing(name, path, config):
         part, info = kind.from_pretrained(path, subfolder=name, revision=config.revision, **weights)
         if missing := sorted(info["missing_keys"]):  # the libraries would leave these weights random or empty
@@ -111,6 +113,6 @@ def _refusing(name: str, path: str, config: ModelConfig) -> Iterator[None]:
     except Exception as error:  # diffusers and transformers raise many kinds
         reason = one_line(error) or type(error).__name__
         raise UserError(
-            f"model.path: cannot load the {name} of {path} (safetensors only"
-            f"{'' if config.variant is None else f', variant {config.variant}'}): {reason}"
+            f"model.path: cannot load the {name} of {path}"
+            f"{'' if config.variant is None else f' (variant {config.variant})'}: {reason}"
         ) from None
