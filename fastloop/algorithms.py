@@ -12,6 +12,8 @@ class Algorithm:
     """How a reward becomes an advantage, what is maximised with it, and how often a rollout is used.
 
     Attributes:
+        clip_range: its default of the key, where it is not that of log-probs that are means.
+        trains_noise: whether a policy over the initial noise is trained, and no weights of the model.
         settings: defaults of its own for keys of sections, by section and key.
     """
 
@@ -19,10 +21,20 @@ class Algorithm:
     objective: str
     updates_per_rollout: int
     advantage_clamp: float | None = None
+    clip_range: float = 1e-4
+    trains_noise: bool = False
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def of_keys(self) -> dict[str, Any]:
+        """Return its defaults of keys that stand in no section."""
+        keys = "advantage", "objective", "updates_per_rollout", "advantage_clamp", "clip_range"
+        return {key: getattr(self, key) for key in keys}
 
 
 FAST = {"ema": {"decay": 0.95}, "optimizer": {"schedule": "linear", "max_grad_norm": 1e-5}}
+
+# a deterministic sampler, so that a picture follows from its initial noise
+NOISE = {"sampling": {"eta": 0.0}, "kl": {"weight": 3e-4}, "optimizer": {"lr": 1e-3, "weight_decay": 0.0}}
 
 DLPO = {"dlpo": {"alpha": 5.0, "beta": 1.0}}  # its code's, for rewards of about 1 to 5
 
@@ -48,6 +60,8 @@ ALGORITHMS = {
     "loop_forward": Algorithm("leave_one_out", "forward_process", 1),
     # the same with the settings that learned most from little compute on the bundled model: docs/comparison.md
     "loop_fast": Algorithm("leave_one_out", "forward_process", 1, settings=FAST),
+    # one-step PPO on the initial noise (arXiv 2506.12036, reconstructed from its abstract)
+    "noise_ppo": Algorithm("leave_one_out", "clipped", 2, clip_range=0.2, trains_noise=True, settings=NOISE),
 }
 
 

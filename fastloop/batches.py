@@ -29,12 +29,14 @@ ONE_SHAPE_MAY_COST = 1 / 16  # in float32, where rows of another shape differ by
 def trained_steps(table: TransitionTable, config: Config) -> torch.Tensor:
     """Return the indices (int64) of the steps that updates draw from: those with noise, less the last ``last_steps.drop``.
 
-    For objectives of final latents those of the noise levels.
+    For objectives of final latents those of the noise levels; one where the initial noise is trained.
 
     Raises:
         UserError: no step is left, fewer rows than updates, or noise levels that the model does not know.
     """
-    if OBJECTIVES[config.objective].stored_steps:
+    if config.trains_noise:
+        steps = torch.zeros(1, dtype=torch.int64)  # a picture is one decision, its initial noise
+    elif OBJECTIVES[config.objective].stored_steps:
         steps = torch.nonzero(table.trainable)[:, 0]
         steps = steps[: len(steps) - config.last_steps.drop]
     else:
@@ -153,6 +155,8 @@ class Batches:
         ratios start at exactly 1: in half precision always, in float32 where it costs little.
         """
         memory = self.config.memory
+        if self.config.trains_noise:  # updates do not call the network
+            return evened(self.share, memory.rollout_batch), self.largest_update
         own = evened(self.share, memory.rollout_batch), evened(self.rows_of_rank, memory.update_batch)
         if memory.rollout_batch != memory.update_batch:
             return own

@@ -120,6 +120,7 @@ def _train(args: argparse.Namespace) -> int:
 
 def _train_on(ranks, args: argparse.Namespace) -> int:
     from fastloop.batches import Batches
+    from fastloop.noise_trainer import NoiseTrainer
     from fastloop.observer import UNOBSERVED
     from fastloop.plan import caution_lines, derived_lines, prompts_line
     from fastloop.prompts import score_name
@@ -130,7 +131,7 @@ def _train_on(ranks, args: argparse.Namespace) -> int:
 
     config = load_config(args.config, args.overrides)
     profile = Profile(config) if args.profile else UNOBSERVED
-    trainer = Trainer(config, args.resume, ranks, profile)
+    trainer = (NoiseTrainer if config.trains_noise else Trainer)(config, args.resume, ranks, profile)
     if ranks.main:
         print(prompts_line(trainer.prompts.prompts, trainer.eval_prompts))
         for line in trainer.cut:

@@ -29,7 +29,7 @@ def plan(config: Config, ranks: int = 1, gpu: bool = False, it_per_s: float | No
     Raises:
         UserError: whatever `fastloop train` would refuse before it loads the model.
     """
-    if ranks > 1 and config.engine.name == "torch":
+    if ranks > 1 and config.engine.name == "torch" and not config.trains_noise:
         raise UserError(f"--ranks: {ranks}, but engine.name=torch is for one process: set engine.name=deepspeed")
     checked = preflight(config, gpu=gpu)
     config = checked.config
@@ -50,8 +50,9 @@ def overview(checked: Checked, ranks: int = 1) -> list[str]:
     config = checked.config
     height, width = checked.skeleton.image_size(config.sampling)
     name = config.model.path or f"{config.model.random_init} with random weights"
+    trained = "as it is" if config.trains_noise else config.model.adapter
     return [
-        f"model        {name}, {config.model.adapter}, {config.model.dtype}, {_held_text(config)}{width} x {height} pixels",
+        f"model        {name}, {trained}, {config.model.dtype}, {_held_text(config)}{width} x {height} pixels",
         *caution_lines(checked.skeleton),
         prompts_line(checked.prompts, checked.eval_prompts),
         *(f"warning      {line}" for line in checked.cut),
@@ -71,17 +72,8 @@ def _held_text(config: Config) -> str:
 
 def derived_lines(batches: Batches, denoiser: Denoiser) -> list[str]:
     """Write lines about the arithmetic of an iteration, as the trainer runs it."""
-    config, n, kept, micro = batches.config, batches.config.images_per_rollout, batches.kept, batches.micro_batches
-    penalty = bool(config.dlpo.beta) and config.dlpo.data is None
-    rollout_forwards = config.sampling.branches * config.sampling.steps + penalty
-    update_forwards = (update_sampling(config).branches + config.dlpo.gradient) * kept * config.passes_per_rollout
-    update_forwards *= config.replay.rollouts
-    of_each = f"{kept} of {len(batches.steps)} trainable steps"
-    if not OBJECTIVES[config.objective].stored_steps:
-        of_each = f"{kept} noise levels in timesteps {config.forward.window[0]} to {config.forward.window[1]}"
+    config, n = batches.config, batches.config.images_per_rollout
     window = "" if config.sampling.noise_steps is None else ", noise in {} to {} of them".format(*config.sampling.noise_steps)
-    kept_rollouts = config.replay.rollouts
-    of_rollouts = f" of the newest {kept_rollouts} rollouts" if kept_rollouts > 1 else ""
     return [
         f"algorithm    {config.algorithm}: advantage {config.advantage}, objective {config.objective}",
         *_settings_line(config),
@@ -89,6 +81,37 @@ def derived_lines(batches: Batches, denoiser: Denoiser) -> list[str]:
         f"rollout      {config.prompts_per_step} prompts x {config.images_per_prompt} images = {n} trajectories of "
         f"{config.sampling.steps} steps{window}, {batches.rollout} at a time"
         f"{_copies(batches.share, batches.rollout)}",
+        *(_noise_update_lines(batches, denoiser) if config.trains_noise else _update_lines(batches)),
+        *_evaluation_line(config, denoiser),
+        f"in all       {config.iterations} iterations, {config.iterations * n:,} images, "
+        f"{config.iterations * config.updates_per_rollout:,} optimizer steps",
+    ]
+
+
+def _noise_update_lines(batches: Batches, denoiser: Denoiser) -> list[str]:
+    """Say what updates of a policy over the initial noise are."""
+    config, weights = batches.config, sum(p.numel() for p in denoiser.trainable().values())
+    rows, forwards = " or ".join(map(str, sorted(set(batches.update_rows)))), config.sampling.branches * config.sampling.steps
+    return [
+        f"policy       {weights:,} weights: from {denoiser.feature_size} features of a prompt to mean and spread of its noise",
+        f"updates      {config.updates_per_rollout} optimizer steps of {rows} initial noises, of the policy alone",
+        f"work         per image: {forwards} forwards in the rollout, none in the updates",
+    ]
+
+
+def _update_lines(batches: Batches) -> list[str]:
+    """Say what updates of the network are."""
+    config, kept, micro = batches.config, batches.kept, batches.micro_batches
+    penalty = bool(config.dlpo.beta) and config.dlpo.data is None
+    rollout_forwards = config.sampling.branches * config.sampling.steps + penalty
+    update_forwards = (update_sampling(config).branches + config.dlpo.gradient) * kept * config.passes_per_rollout
+    update_forwards *= config.replay.rollouts
+    of_each = f"{kept} of {len(batches.steps)} trainable steps"
+    if not OBJECTIVES[config.objective].stored_steps:
+        of_each = f"{kept} noise levels in timesteps {config.forward.window[0]} to {config.forward.window[1]}"
+    kept_rollouts = config.replay.rollouts
+    of_rollouts = f" of the newest {kept_rollouts} rollouts" if kept_rollouts > 1 else ""
+    return [
         f"pairs        {batches.trajectories} trajectories{of_rollouts} x {of_each} = {batches.rows} a pass, "
         f"{config.passes_per_rollout} pass{'es' if config.passes_per_rollout > 1 else ''}",
         f"updates      {config.updates_per_rollout} optimizer steps of "
@@ -96,9 +119,6 @@ def derived_lines(batches: Batches, denoiser: Denoiser) -> list[str]:
         f"{micro} micro-batch{'es' if micro > 1 else ''} of {batches.update}{_copies(batches.rows_of_rank, batches.update)}",
         f"work         per image: {rollout_forwards} forwards in the rollout, {update_forwards} forwards and backwards "
         f"in the updates",
-        *_evaluation_line(config, denoiser),
-        f"in all       {config.iterations} iterations, {config.iterations * n:,} images, "
-        f"{config.iterations * config.updates_per_rollout:,} optimizer steps",
     ]
 
 
@@ -166,6 +186,8 @@ def network_seconds(batches: Batches, it_per_s: float) -> tuple[float, float]:
     backward = (1 if config.model.adapter == "lora" else 2) + (1 if config.memory.gradient_checkpointing else 0)
     sampled, trained = -(-batches.share // batches.rollout) * batches.rollout, batches.micro_batches * batches.update
     rollout = sampled * config.sampling.steps * config.sampling.branches / it_per_s
+    if config.trains_noise:
+        return rollout, 0.0
     branches = update_sampling(config).branches + config.dlpo.gradient
     update = trained * config.updates_per_rollout * branches * (1 + backward) / it_per_s
     if config.kl.weight:
@@ -222,6 +244,8 @@ def _memory_lines(config: Config, checked: Checked, ranks: int, on_gpu: bool) ->
     if found.host:
         lines += ["in the host's memory", *(f"  {name:<26}{size_text(size):>12}" for name, size in found.host.items())]
     lines.append("not counted: work space of operators, the allocator's slack, the reward's own model")
+    if config.trains_noise:
+        return lines
     lines.append("activations by memory.gradient_checkpointing")
     batch = Batches(config, checked.steps_trained, ranks).update
     own = traced.update

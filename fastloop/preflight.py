@@ -16,7 +16,7 @@ from fastloop import kernels
 from fastloop.batches import Batches, trained_steps
 from fastloop.compiling import with_compile
 from fastloop.config import Config, MemoryConfig
-from fastloop.denoisers import build_skeleton
+from fastloop.denoisers import build_skeleton, make_trainable
 from fastloop.denoisers.base import Denoiser
 from fastloop.denoisers.files import model_source
 from fastloop.denoisers.parts import read_tokenizer
@@ -101,7 +101,7 @@ def preflight(config: Config, ranks: Ranks = ALONE, resume: bool = False, gpu: b
         UserError: whatever in the configuration does not fit the machine, the ranks, the files or the model.
     """
     asked = config.memory
-    if ranks.world > 1 and config.engine.name == "torch":
+    if ranks.world > 1 and config.engine.name == "torch" and not config.trains_noise:
         raise UserError(f"engine.name: torch is for one process, the launcher started {ranks.world}: set it to deepspeed")
     if ranks.world > 1 and ":" in config.engine.device:
         raise UserError(f"engine.device: {config.engine.device} for {ranks.world} processes: set auto, one GPU for each")
@@ -132,7 +132,7 @@ def preflight(config: Config, ranks: Ranks = ALONE, resume: bool = False, gpu: b
     if config.dlpo.data is not None:
         check_pictures(config.dlpo.data, prompts, skeleton, config.sampling)
     cut = _cut_lines(config, skeleton, {"prompts": prompts, "eval.prompts": eval_prompts})
-    skeleton.train_adapter(config.memory.gradient_checkpointing, seed=config.seed)
+    make_trainable(skeleton, config)
     texts = distinct_texts(config, prompts, eval_prompts)
     config, chosen, traced = _settle(config, skeleton, steps_trained, texts, device, ranks, earlier, gpu)
     if config.engine.name == "deepspeed":

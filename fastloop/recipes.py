@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args
 
@@ -107,9 +106,8 @@ def dump_config(config: Config) -> str:
     What the algorithm brings is left out, so that the file with another `algorithm` is that algorithm's; so are the defaults
     of keys that another algorithm brings.
     """
-    values, brought = config.model_dump(mode="json"), asdict(ALGORITHMS[config.algorithm])
-    settings = brought.pop("settings")
-    for key, value in brought.items():
+    values, settings = config.model_dump(mode="json"), ALGORITHMS[config.algorithm].settings
+    for key, value in ALGORITHMS[config.algorithm].of_keys().items():
         if values[key] == value:
             del values[key]
     for section, keys in settable().items():

@@ -186,7 +186,7 @@ def rollout(
         number = ids[chunk]
         n = len(number)
         cond, uncond = denoiser.encode(prompts[chunk], sampling)
-        x = ops.initial_noise(seed, number, shape)
+        x = denoiser.initial_latents(ops.initial_noise(seed, number, shape), prompts[chunk])
         if keep == "all":
             latents[0, chunk].copy_(x, non_blocking=True)
         for step in range(len(table)):

@@ -13,7 +13,17 @@ if TYPE_CHECKING:  # which asks here
 
 def problem(config: Config) -> str | None:
     """Find the first rule that a configuration breaks; ``None`` where it breaks none."""
-    return _of_names(config) or _of_model(config) or _of_algorithm(config) or _of_rows(config) or _of_engine(config)
+    of_kind = _of_noise if config.trains_noise else _of_rows
+    return _of_names(config) or _of_model(config) or _of_algorithm(config) or of_kind(config) or _of_engine(config)
+
+
+def _changed(config: Config, section: str) -> str | None:
+    """The first key of a section that is not as where it is left out."""
+    part = config
+    for name in section.split("."):
+        part = getattr(part, name)
+    default = type(part)()
+    return next((f"{section}.{k}" for k in type(part).model_fields if getattr(part, k) != getattr(default, k)), None)
 
 
 def _of_names(config: Config) -> str | None:
@@ -70,9 +80,11 @@ def _of_algorithm(config: Config) -> str | None:
 
 def _of_rows(config: Config) -> str | None:
     """What of the sampler's steps and of noise levels does not go with the objective, which trains one or the other."""
+    if key := _changed(config, "noise_policy"):
+        return f"{key}: only algorithm=noise_ppo has a policy over the initial noise: leave it out"
     if found := _of_noise_steps(config) or _of_penalty(config):
         return found
-    name, forward, default = config.objective, config.forward, type(config.forward)()
+    name, forward = config.objective, config.forward
     if found := _of_value(config):
         return found
     if config.replay.rollouts > 1 and not OBJECTIVES[name].uses_ratio:
@@ -83,11 +95,8 @@ def _of_rows(config: Config) -> str | None:
     if OBJECTIVES[name].stored_steps:
         if config.sampling.eta == 0:
             return f"sampling.eta: objective={name} needs the noise of the steps, of which 0 leaves none: set it to 1"
-        for key in type(forward).model_fields:
-            if getattr(forward, key) != getattr(default, key):
-                return (
-                    f"forward.{key}: objective={name} trains the sampler's steps: set algorithm=loop_forward, or leave it out"
-                )
+        if key := _changed(config, "forward"):
+            return f"{key}: objective={name} trains the sampler's steps: set algorithm=loop_forward, or leave it out"
         return None
     off = {"timestep_fraction": (config.timestep_fraction, 1)}
     off |= {"last_steps.drop": (config.last_steps.drop, 0), "last_steps.weight": (config.last_steps.weight, 1)}
@@ -103,14 +112,52 @@ def _of_rows(config: Config) -> str | None:
 
 
 def _of_value(config: Config) -> str | None:
-    value = config.value
     if config.advantage != "value":
-        for key, field in type(value).model_fields.items():
-            if getattr(value, key) != field.default:
-                return f"value.{key}: advantage={config.advantage} has no value network: set advantage=value, or leave it out"
-        return None
+        key = _changed(config, "value")
+        return key and f"{key}: advantage={config.advantage} has no value network: set advantage=value, or leave it out"
     if not OBJECTIVES[config.objective].stored_steps:
         return f"advantage: value is of a step's latents, and objective={config.objective} trains none: set leave_one_out"
+    return None
+
+
+def _of_noise(config: Config) -> str | None:
+    """What does not go with a policy over the initial noise, beside which nothing of the model is trained."""
+    if OBJECTIVES[config.objective].uses_kl or not OBJECTIVES[config.objective].stored_steps:
+        return f"objective: {config.objective} is not for the initial noise: set clipped, clip_only or score_function"
+    frozen = "algorithm=noise_ppo trains no weights of the model"
+    if config.model.adapter == "full":
+        return f"model.adapter: {frozen}: leave it out, or choose another algorithm"
+    if key := _changed(config, "model.lora"):
+        return f"{key}: {frozen}, so it has no adapters: leave it out, or choose another algorithm"
+    if config.sampling.eta != 0:
+        return (
+            f"sampling.eta: {config.sampling.eta:g}, but with algorithm=noise_ppo a picture must follow from its initial "
+            "noise: set it to 0"
+        )
+    without = "algorithm=noise_ppo has none"
+    one = "algorithm=noise_ppo trains the initial noise, not single steps or noise levels: leave it out"
+    if config.advantage == "value":
+        return f"advantage: value is of single steps, and {one.replace(': leave it out', ': set leave_one_out')}"
+    for section in ("last_steps", "forward", "dlpo", "replay", "value"):
+        if key := _changed(config, section):
+            return f"{key}: {one}"
+    if config.timestep_fraction != 1:
+        return f"timestep_fraction: {one}"
+    if config.sampling.noise_steps is not None:
+        return f"sampling.noise_steps: {one}"
+    if config.kl.form != "gaussian":
+        return f"kl.form: {config.kl.form}, but with algorithm=noise_ppo the KL is that of two Gaussians: set it to gaussian"
+    if config.engine.name != "torch":
+        return "engine.name: algorithm=noise_ppo has no gradients of the model to share out: set it to torch, on any ranks"
+    if config.memory.automatic:
+        return f"memory.{config.memory.automatic[0]}: auto goes by the model's gradients, and {without}: give a number"
+    for key in ("gradient_checkpointing", "update_batch", "trajectories"):
+        if getattr(config.memory, key) != type(config.memory).model_fields[key].default:
+            return f"memory.{key}: updates of algorithm=noise_ppo do not run the model: leave it out"
+    if config.model.compile == "auto":
+        return f"model.compile: auto goes by the model's updates, and {without}: set it to false, true or regional"
+    if key := _changed(config, "export"):
+        return f"{key}: the policy of algorithm=noise_ppo is exported in float32 and one format: leave it out"
     return None
 
 

@@ -344,7 +344,7 @@ WRONG_VALUES = [
     ),
     (
         "algorithm: lop",
-        "algorithm: input should be 'loop', 'rloo', 'ppo', 'reinforce', 'grpo', 'dpok', 'dlpo', 'loop_forward' or 'loop_fast'",
+        "algorithm: input should be 'loop', 'rloo', 'ppo', 'reinforce', 'grpo', 'dpok', 'dlpo', 'loop_forward', 'loop_fast' o",
     ),
     ("algorithm: [loop]", "algorithm: input should be 'loop'"),
     ("algorithm: {name: loop}", "algorithm: input should be 'loop'"),

@@ -5,7 +5,6 @@ Each key has its description, from which docs/config.md is made: ``python docs/c
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -21,6 +20,7 @@ from fastloop.config.training import (
     ForwardConfig,
     KlConfig,
     LastStepsConfig,
+    NoisePolicyConfig,
     OptimizerConfig,
     ReplayConfig,
     SafetyConfig,
@@ -70,10 +70,13 @@ class Config(Strict):
     replay: ReplayConfig = Field(ReplayConfig(), description="how many rollouts are trained on")
     value: ValueConfig = Field(ValueConfig(), description="the learned baseline of `advantage: value`")
     dlpo: DlpoConfig = Field(DlpoConfig(), description="the denoising penalty of `algorithm: dlpo`")
-    clip_range: Annotated[float, Field(gt=0)] = Field(
-        1e-4,
-        description="eps of the ratio's window, for log-probs that are means over the latent's elements; "
-        "with `kl_mask`, the bound on the KL",
+    noise_policy: NoisePolicyConfig = Field(
+        NoisePolicyConfig(), description="the policy over the initial noise of `algorithm: noise_ppo`"
+    )
+    clip_range: Annotated[float, Field(gt=0)] | None = Field(
+        None,
+        description="eps of the ratio's window, for log-probs that are means over the latent's elements, with `noise_ppo` "
+        "sums; with `kl_mask`, the bound on the KL; null: the algorithm's",
     )
     advantage_clamp: Annotated[float, Field(gt=0)] | None = Field(
         None, description="advantages are clamped to +- this; null: no clamp; left out: the algorithm's"
@@ -121,8 +124,8 @@ class Config(Strict):
         name = values.get("algorithm", "loop")
         if not isinstance(name, str) or name not in ALGORITHMS:
             return values
-        brought = asdict(ALGORITHMS[name])
-        clamp, sections = brought.pop("advantage_clamp"), brought.pop("settings")
+        brought, sections = ALGORITHMS[name].of_keys(), ALGORITHMS[name].settings
+        clamp = brought.pop("advantage_clamp")
         filled = {key: value for key, value in brought.items() if values.get(key) is None}
         for section, settings in sections.items():
             given = values.get(section, {})
@@ -137,6 +140,11 @@ class Config(Strict):
         if found := problem(self):
             raise ValueError(found)
         return self
+
+    @property
+    def trains_noise(self) -> bool:
+        """Whether a policy over the initial noise is trained, and no weights of the model."""
+        return ALGORITHMS[self.algorithm].trains_noise
 
     @property
     def images_per_rollout(self) -> int:

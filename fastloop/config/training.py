@@ -68,6 +68,17 @@ class ValueConfig(Strict):
     batch: Positive = Field(1280, description="transitions of each of its steps, at most; drawn without replacement")
 
 
+class NoisePolicyConfig(Strict):
+    """The small network of `algorithm: noise_ppo`: from features of a prompt to the mean and spread of the initial noise."""
+
+    hidden: Positive = Field(64, description="width of its hidden layer")
+    grid: Positive = Field(
+        1,
+        description="G: mean and spread have G x G values in each channel of the latents, linear in between; at most their "
+        "height and width",
+    )
+
+
 class KlConfig(Strict):
     """KL to the model before training, per trained step: the adapter off, or a frozen copy."""
 

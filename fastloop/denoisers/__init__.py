@@ -76,12 +76,12 @@ def load_denoiser(config: ModelConfig, device: torch.device):
 def ready_denoiser(config: Config, device: torch.device, adapter: bool = True, trained: bool = False):
     """Load a model and make it ready, always in this order.
 
-    Weights, the VAE's fused kernels, residence, adapter, leaner modules, the network's fused kernels, the KL's reference.
-    Trained weights, an engine and compilation come after it.
+    Weights, the VAE's fused kernels, residence, what is trained, leaner modules, the network's fused kernels, the KL's
+    reference. Trained weights, an engine and compilation come after it.
 
     Args:
-        adapter: whether it has what ``model.adapter`` adds; without, it is the base model. trained: whether it will be
-            trained, so that gradients may be checkpointed and a KL has its reference.
+        adapter: whether it has what training adds, adapters or a policy over its noise; without, it is the base model.
+        trained: whether it will be trained, so that gradients may be checkpointed and a KL has its reference.
 
     Raises:
         UserError: as `load_denoiser`, and for an adapter or blocks that do not fit the model.
@@ -92,12 +92,23 @@ def ready_denoiser(config: Config, device: torch.device, adapter: bool = True, t
     if config.memory.offload_frozen:
         denoiser.offload_frozen()
     if adapter:
-        denoiser.train_adapter(config.memory.gradient_checkpointing if trained else False, seed=config.seed)
+        make_trainable(denoiser, config, trained)
     lighten_parts(denoiser, config.engine)
     kernels.fuse(denoiser.network, config.kernels, device)
     if trained and config.kl.weight:
         denoiser.keep_reference()
     return denoiser
+
+
+def make_trainable(denoiser, config: Config, trained: bool = True) -> None:
+    """Add what a run trains: adapters or gradients of all weights, or a policy over the initial noise.
+
+    ``trained``: as for `ready_denoiser`. Raises ``UserError`` where it does not fit the model.
+    """
+    if config.trains_noise:
+        denoiser.train_noise(config.noise_policy, config.sampling, config.seed)
+    else:
+        denoiser.train_adapter(config.memory.gradient_checkpointing if trained else False, seed=config.seed)
 
 
 def build_skeleton(config: ModelConfig):

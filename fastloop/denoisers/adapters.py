@@ -1,4 +1,4 @@
-"""What of a model is trained: LoRA or all weights; checkpointed blocks; and the model before training, for the KL."""
+"""What is trained: LoRA, all weights, or a policy over the initial noise; and the model before training, for the KL."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from contextlib import contextmanager
 import torch
 from peft import LoraConfig
 
+from fastloop.config import NoisePolicyConfig, SamplingConfig
 from fastloop.denoisers.parts import DTYPES, part_title
 from fastloop.errors import UserError
+from fastloop.noise_policy import NoisePolicy
 from fastloop.optimizers import holding
 
 ADAPTER = "default"
@@ -19,6 +21,7 @@ class Adapters:
     """The part of a `Denoiser` that says what is trained."""
 
     _reference: dict[str, torch.Tensor] | None = None
+    noise_policy: NoisePolicy | None = None  # of what the initial noise is drawn; ``None``: N(0, I)
 
     @property
     def trains_text(self) -> bool:
@@ -32,12 +35,31 @@ class Adapters:
 
     def trainable(self) -> dict[str, torch.nn.Parameter]:
         """Return the trained parameters by name; those of a text encoder begin with the name of their part."""
+        if self.noise_policy is not None:
+            return dict(self.noise_policy.named_parameters())
         named = [
             (name if part == self.network_name else f"{part}.{name}", p)
             for part, module in self.trained_parts.items()
             for name, p in module.named_parameters()
         ]
         return {name: p for name, p in named if p.requires_grad}
+
+    def train_noise(self, config: NoisePolicyConfig, sampling: SamplingConfig, seed: int) -> None:
+        """Leave the model as it is, and draw its initial noise of a policy, which is trained.
+
+        Raises:
+            UserError: a grid that is finer than the latents.
+        """
+        self.set_attention(self.config.attention)
+        shape = self.latent_shape(sampling.height, sampling.width)
+        if config.grid > min(shape[1:]):
+            raise UserError(f"noise_policy.grid: {config.grid} is finer than the latents, {shape[1]} x {shape[2]}: lower it")
+        torch.manual_seed(seed)
+        self.noise_policy = NoisePolicy(self.feature_size, shape[0], config.hidden, config.grid).to(self.device)
+
+    def initial_latents(self, noise: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+        """Return x_T of n prompts, float32 (n, C, H, W), for noise of N(0, I): itself, unless there is a policy over it."""
+        return noise if self.noise_policy is None else self.noise_policy.sample(noise, self.features(prompts))
 
     def train_adapter(self, gradient_checkpointing: bool | list[str], seed: int) -> None:
         """Make trainable what the configuration says, and set the attention backend.

@@ -32,12 +32,17 @@ class TextEncoding:
         """
         with self.observer.phase("encode"):
             found = self._embedded(prompts)
-        return torch.stack([_of_whole(found[prompt]) for prompt in prompts])
+        return torch.stack([_whole(found[prompt]) for prompt in prompts])
 
     @property
     def feature_size(self) -> int:
-        """Elements of a prompt's `features`, F."""
-        return len(_of_whole(self.blank_embedding()))
+        """F of `features`."""
+        return len(_whole(self.blank_embedding()))
+
+    @property
+    def pools_texts(self) -> bool:
+        """Whether `features` are the text encoders' vector of the whole text."""
+        return any(tensor.dim() == 1 for tensor in self.blank_embedding())
 
     def _encode(self, prompts: list[str], sampling: SamplingConfig):
         texts = [*prompts, sampling.negative_prompt or None] if sampling.guidance_scale != 1 else prompts
@@ -98,7 +103,7 @@ class TextEncoding:
         return upload(ids, self.device)
 
 
-def _of_whole(embedding: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """The vector of a whole text, float32 (F,)."""
+def _whole(embedding: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """One vector, float32 (F,), of what `Denoiser.embed` gives."""
     vectors = [tensor for tensor in embedding if tensor.dim() == 1]
     return (vectors[0] if vectors else embedding[0].float().mean(0)).float()

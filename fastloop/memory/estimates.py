@@ -53,7 +53,7 @@ def memory_needs(
     trained, network = sum(trainable), weights.pop(denoiser.network_name)
     texts = sum(size for name, size in weights.items() if name != "vae")
     leaves = on_gpu and config.memory.offload_frozen
-    stored = OBJECTIVES[config.objective].stored_steps
+    stored = OBJECTIVES[config.objective].stored_steps and not config.trains_noise
     states = config.sampling.steps + 1 if stored else 1
     steps = 4 * states * share * math.prod(traced.shape)
     away = on_gpu and config.memory.trajectories == "host"
@@ -104,7 +104,7 @@ def memory_needs(
         "gradients": gradients,
         f"rollout of {rollout}": working["rollout"],
         f"decoding of {decode}": traced.decode.peak(decode),
-        f"activations of {update} pairs": traced.activations(update),
+        f"update of {update} noises" if config.trains_noise else f"activations of {update} pairs": traced.activations(update),
     }
     if stored and rollout <= (config.memory.update_batch or update):  # the first rollout batch is replayed with gradients on
         working["self-check"] = traced.activations(rollout) + gathered

@@ -22,6 +22,7 @@ from fastloop.denoisers.lean import lighten_parts
 from fastloop.denoisers.parts import DTYPES
 from fastloop.kernels.reference import MicroBatch
 from fastloop.losses import micro_batch_loss, update_sampling
+from fastloop.noise_policy import noise_terms
 
 TRACED = (2, 3)  # the batches to trace where any may be asked for
 
@@ -141,6 +142,8 @@ class Traced:
                 if module in skeleton.trained_parts.values():
                     module.to(DTYPES[config.model.dtype])  # as an engine does
                 make_fake(module)
+            if skeleton.noise_policy is not None:
+                make_fake(skeleton.noise_policy)
             skeleton.device = torch.device("cpu")  # the choice of operators goes by it
             if config.kl.weight:
                 skeleton.keep_reference()
@@ -230,6 +233,11 @@ def inputs(denoiser: Denoiser, sampling: SamplingConfig, batch: int) -> tuple:
 
 def update_loss(denoiser: Denoiser, config: Config, ops: ModuleType, batch: int) -> torch.Tensor:
     """Compute the loss of so many rows, as the trainer computes it, of inputs without meaning."""
+    if config.trains_noise:
+        x = torch.empty(batch, *denoiser.latent_shape(config.sampling.height, config.sampling.width), device=denoiser.device)
+        features, row = torch.empty(batch, denoiser.feature_size, device=x.device), torch.ones(batch, device=x.device)
+        own = denoiser.noise_policy(features, x.shape[2:])
+        return noise_terms(x, *own, row, row, config.objective, config.clip_range, config.kl.weight).loss.sum()
     x, t, *text = inputs(denoiser, update_sampling(config), batch)
     row = torch.ones(batch, device=x.device)
     vectors = dict.fromkeys(("a", "b", "sigma", "log_prob_old", "advantage", "weight"), row)
