@@ -5,8 +5,9 @@
 Systems: `baseline` is bench/baseline_ppo.py, or baseline_flow.py, eager PyTorch; `reference` is fastloop with its PyTorch
 kernels; `fastloop` has the kernels of the machine; `compile` and `regional` add model.compile=true and regional; `trl` is TRL
 0.23.1's DDPOTrainer in an environment of its own (bench/peer_trl.py says how to make it). All do `algorithm: ppo` on the same
-model, prompts, steps, guidance, images, updates, batch sizes and LoRA rank. Models beside the bundled ones are full-size
-architectures with random weights, without downloads.
+model, prompts, steps, guidance, images, updates, batch sizes and LoRA rank. `dpok`, `dlpo` and `noise_ppo` are other methods
+at the same sizes, for `--systems`. Models beside the bundled ones are full-size architectures with random weights, without
+downloads.
 
 - An iteration is all that a trainer does between two rollouts: text encoding, sampling, decoding, rewards, updates, metrics.
   Checkpoints and evaluations are left out. The first one of every process is not counted, but in a column of its own: what it
@@ -38,7 +39,18 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import torch
-from throughput_systems import LORA_RANK, MODELS, SYSTEMS, Worker, case_config, command_of, for_peer, save_for_peer, work
+from throughput_systems import (
+    LORA_RANK,
+    MODELS,
+    RELATIVES,
+    SYSTEMS,
+    Worker,
+    case_config,
+    command_of,
+    for_peer,
+    save_for_peer,
+    work,
+)
 from worker import PHASES
 
 from fastloop import cli
@@ -167,15 +179,17 @@ def summarize(row: dict, config: Config, flops: dict, matmul: float, baseline: d
     phases = {name: median(each["phases"].get(name, 0.0) for each in row["exact"] or iterations) for name in PHASES}
     trained = len(trained_steps(sampler_table(config.model, config.sampling), config))
     work = {"rollout": config.sampling.steps * flops["forward"], "update": trained * flops["forward_backward"]}
-    work = {name: images * of for name, of in work.items()}
+    if row["system"] in RELATIVES:  # whose updates are others, or none of the network
+        del work["update"]
     spent = {"rollout": phases["rollout"], "update": phases["loss"] + phases["backward"]}
+    tflops = {name: images * of / spent[name] / 1e12 for name, of in work.items()}
     row |= {
         "images_per_s": median(rates),
         "images_per_s_range": [min(rates), max(rates)],
         "cpu_seconds_per_image": median(each["cpu_seconds"] for each in iterations) / images,
         "phases": phases,
-        "tflops": {name: work[name] / spent[name] / 1e12 for name in work},
-        "share_of_matmul": {name: work[name] / spent[name] / 1e12 / matmul for name in work},
+        "tflops": tflops,
+        "share_of_matmul": {name: value / matmul for name, value in tflops.items()},
         "peak_bytes": max(each["peak_bytes"] for each in iterations),
     }
     if baseline and not baseline["problem"]:
@@ -232,7 +246,10 @@ def table(case: dict) -> str:
             lines.append([row["system"], f"not measured: {row['problem']}", *["-"] * (len(head) - 2)])
             continue
         low, high = row["images_per_s_range"]
-        rates = [f"{row['tflops'][name]:.3g} ({row['share_of_matmul'][name]:.0%})" for name in ("rollout", "update")]
+        rates = [
+            f"{row['tflops'][name]:.3g} ({row['share_of_matmul'][name]:.0%})" if name in row["tflops"] else "-"
+            for name in ("rollout", "update")
+        ]
         lines.append(
             [
                 row["system"],
@@ -283,7 +300,7 @@ def main(argv: list[str] | None = None) -> int:
     on_gpu = torch.cuda.is_available()
     parser.add_argument("--models", default=",".join(MODELS) if on_gpu else "shapes", help="default: all, or shapes on a CPU")
     parser.add_argument("--adapters", default="lora,full")
-    parser.add_argument("--systems", default=",".join(SYSTEMS))
+    parser.add_argument("--systems", default=",".join(name for name in SYSTEMS if name not in RELATIVES))
     parser.add_argument("--peer-python", type=Path, help="of an environment with TRL 0.23.1: adds the system trl")
     parser.add_argument("--repeats", type=int, default=5, help="rounds (default: 5)")
     parser.add_argument("--iterations", type=int, default=1, help="of each system in a round (default: 1)")

@@ -26,7 +26,13 @@ SYSTEMS = {  # name: overrides of fastloop's configuration; None: another traine
     "compile": ["model.compile=true"],
     "regional": ["model.compile=regional"],
     "trl": None,
+    # Other mathematics than PPO's, on as many images with as many updates: what the method's relatives cost. K = 1 leaves no
+    # others to compare with, so that their baselines are PPO's; DPOK's two rollouts are trained by half.
+    "dpok": ["algorithm=dpok", "timestep_fraction=0.5"],
+    "dlpo": ["algorithm=dlpo", "advantage=prompt_tracker"],
+    "noise_ppo": ["algorithm=noise_ppo", "advantage=batch_mean", "sampling.eta=0"],
 }
+RELATIVES = ("dpok", "dlpo", "noise_ppo")
 COMMON = {
     "algorithm": "ppo",
     "images_per_prompt": 1,
@@ -93,6 +99,9 @@ def case_config(model: str, adapter: str, overrides=()) -> Config:
     values["memory"] = values.get("memory", {}) | sizes
     values["model"] = values["model"] | {"adapter": adapter, "lora": {"rank": LORA_RANK}}
     values["optimizer"] = {"lr": 3e-4 if adapter == "lora" else 1e-5}
+    if "algorithm=noise_ppo" in overrides:  # which trains nothing of the model
+        values["model"] = {key: value for key, value in values["model"].items() if key not in ("adapter", "lora")}
+        values["memory"] = {key: value for key, value in values["memory"].items() if key in ("rollout_batch", "vae_batch")}
     return parse_config(apply_overrides(values, list(overrides)), f"{model}, {adapter}")
 
 
@@ -109,6 +118,7 @@ def work(system: str, path: Path) -> None:
 
 
 def serve_fastloop(config: Config, server: Server) -> None:
+    from fastloop.noise_trainer import NoiseTrainer
     from fastloop.observer import Observer
     from fastloop.trainer import Trainer
 
@@ -132,7 +142,7 @@ def serve_fastloop(config: Config, server: Server) -> None:
             self.answers = True
 
     left_out = ("checkpoints", "evaluation", "export", "report")  # what is no part of an iteration
-    Trainer(config, observer=Ordered(), leave_out=left_out).train()
+    (NoiseTrainer if config.trains_noise else Trainer)(config, observer=Ordered(), leave_out=left_out).train()
 
 
 def serve_baseline(config: Config, server: Server) -> None:

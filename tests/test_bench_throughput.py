@@ -6,6 +6,9 @@ import json
 import sys
 
 import pytest
+import torch
+
+from fastloop.batches import Batches
 
 PEER = '''#!{python}
 """A peer that takes two seconds for the iteration that fastloop does in one, and has no CUDA."""
@@ -135,3 +138,16 @@ def test_models_and_systems_that_are_not_there_are_refused(bench, capsys):
     for option, value in (("--models", "sd9"), ("--systems", "verl"), ("--adapters", "dora")):
         assert bench.main([option, value]) == 2 and f"{option}: unknown {value!r}" in capsys.readouterr().err
     assert bench.main(["--peer-python", "/nowhere"]) == 2 and "--peer-python: no file" in capsys.readouterr().err
+
+
+def test_the_methods_relatives_are_systems_of_the_same_sizes_that_are_measured_where_asked_for(bench):
+    own = sys.modules["throughput_systems"]
+    for model in own.MODELS:
+        plain = own.case_config(model, "lora")
+        for name in own.RELATIVES:
+            config = own.case_config(model, "lora", own.SYSTEMS[name])
+            assert config.algorithm == name and config.images_per_rollout == plain.images_per_rollout
+            assert config.updates_per_rollout == plain.updates_per_rollout
+            assert config.memory.rollout_batch == plain.memory.rollout_batch
+            rows = [Batches(c, torch.arange(c.sampling.steps)).rows for c in (plain, config)]
+            assert name == "noise_ppo" or rows[0] == rows[1]

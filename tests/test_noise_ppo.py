@@ -250,7 +250,7 @@ def test_the_plan_has_no_updates_of_the_model(make_config, monkeypatch):
         ({"model": {"compile": "auto"}}, "model.compile: auto goes by the model's updates, and algorithm=noise_ppo has none"),
         (
             {"export": {"dtype": "bf16"}},
-            "export.dtype: the policy of algorithm=noise_ppo is exported in float32: leave it out",
+            "export.dtype: the policy of algorithm=noise_ppo is exported in float32 and one format: leave it out",
         ),
         ({"noise_policy": {"grid": 99}}, "noise_policy.grid: 99 is finer than the latents"),
         ({"algorithm": "loop", "noise_policy": {"grid": 2}}, "noise_policy.grid: only algorithm=noise_ppo has a policy over"),
