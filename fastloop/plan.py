@@ -140,6 +140,7 @@ def _evaluation_line(config: Config, denoiser: Denoiser) -> list[str]:
     if own == config.sampling:
         return []
     guidance = "no guidance" if own.branches == 1 else f"guidance {own.guidance_scale:g}"
+    guidance += f" rescaled by {own.guidance_rescale:g}" if own.guidance_rescale else ""
     negative = f", negative prompt {own.negative_prompt!r}" if own.branches == 2 and own.negative_prompt else ""
     (height, width), training = denoiser.image_size(own), denoiser.image_size(config.sampling)
     size = "" if (height, width) == training else f", {width} x {height} pixels"

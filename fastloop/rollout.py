@@ -191,6 +191,8 @@ def rollout(
             latents[0, chunk].copy_(x, non_blocking=True)
         for step in range(len(table)):
             outputs = denoiser.predict(x, timesteps[step].expand(n), cond, uncond, batch if fill else 0)
+            if sampling.guidance_rescale and outputs[1] is not None:
+                outputs = rescaled(*outputs, sampling.guidance_scale, sampling.guidance_rescale), None
             coefficients = (column[step].expand(n) for column in (a, b, sigma))
             x, log_probs[step, chunk] = ops.sample_transition(
                 *outputs, x, *coefficients, sampling.guidance_scale, seed, number, step
@@ -203,6 +205,16 @@ def rollout(
         images.append(denoiser.decode(x, vae_batch))  # waits for the device, so that latents on the host are there too
         on_images(start, images[-1])
     return Trajectories(latents, log_probs, prompts, ids, np.concatenate(images))
+
+
+def rescaled(cond: torch.Tensor, uncond: torch.Tensor, scale: float, share: float) -> torch.Tensor:
+    """Return share m std(c) / std(m) + (1 - share) m for m = u + scale (c - u), as stock's pipelines do (arXiv 2305.08891).
+
+    Args:
+        cond, uncond: outputs with the prompt and without, c and u, (n, C, H, W); the spread is that of each row.
+    """
+    guided, axes = uncond + scale * (cond - uncond), tuple(range(1, cond.dim()))
+    return guided * (share * cond.std(axes, keepdim=True) / guided.std(axes, keepdim=True) + 1 - share)
 
 
 def scored_rollout(

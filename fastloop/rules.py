@@ -35,6 +35,11 @@ def _of_names(config: Config) -> str | None:
 
 def _of_model(config: Config) -> str | None:
     model = config.model
+    if config.sampling.guidance_rescale is not None:
+        return (
+            "sampling.guidance_rescale: a step is then not affine in the model's outputs and has no density to train: set "
+            "eval.sampling.guidance_rescale"
+        )
     if model.lora.text_encoders and model.adapter == "full":
         return "model.lora.text_encoders: model.adapter=full trains the UNet alone: set it to false, or model.adapter=lora"
     if config.export.format == "kohya" and model.adapter == "full":

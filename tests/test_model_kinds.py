@@ -17,7 +17,7 @@ from fastloop.denoisers import build_skeleton, load_denoiser
 from fastloop.errors import UserError
 from fastloop.plan import plan
 from fastloop.preflight import preflight
-from fastloop.rollout import sampler_table
+from fastloop.rollout import rollout, sampler_table
 
 
 def edited(source: str, folder: Path, file: str, remove: tuple[str, ...] = (), **values) -> Path:
@@ -187,3 +187,29 @@ def test_each_part_is_read_from_the_files_that_it_has_and_a_line_says_so(tiny_sd
         assert all(value.equal(wanted.parts[part].state_dict()[name]) for name, value in module.state_dict().items())
     with pytest.raises(UserError, match=r"^model.variant: the \w+ of .* alone: set model.variant=fp16$"):
         preflight(make_config(model={"path": str(folder)}))
+
+
+def test_evaluations_rescale_guidance_as_stock_does_and_training_refuses_it(make_config, tiny_sd):
+    config = make_config(eval={"sampling": {"guidance_rescale": 0.7, "eta": 0, "guidance_scale": 4.0}})
+    sampling, prompts = config.eval_sampling, ["a red circle", "a cat"]
+    denoiser, table = load_denoiser(config.model, torch.device("cpu")), sampler_table(config.model, config.eval_sampling)
+    settings = {"seed": 3, "batch": 2, "vae_batch": 2, "backend": "reference"}
+    ours = rollout(denoiser, table, prompts, torch.arange(2), sampling=sampling, **settings)
+    plain = sampling.model_copy(update={"guidance_rescale": None})
+    assert (
+        rollout(denoiser, table, prompts, torch.arange(2), sampling=plain, **settings).latents - ours.latents
+    ).abs().max() > 1e-2
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_sd)
+    drawn = pipeline(
+        prompts, latents=ours.latents[0], num_inference_steps=4, guidance_scale=4.0, guidance_rescale=0.7, output_type="latent"
+    ).images
+    torch.testing.assert_close(ours.latents[-1], drawn, rtol=1e-3, atol=1e-4)
+    with pytest.raises(
+        UserError, match=r"sampling.guidance_rescale: a step is then not affine .* set eval.sampling.guidance_resc"
+    ):
+        make_config(sampling={"guidance_rescale": 0.7})
+    flow = {"model": {"path": "assets:shapes_flow"}, "sampling": {"eta": 0.7}}
+    with pytest.raises(
+        UserError, match=r"^eval.sampling.guidance_rescale: .* is a flow, whose pipeline has none: leave it out$"
+    ):
+        preflight(make_config(**flow, eval={"sampling": {"guidance_rescale": 0.7}}))

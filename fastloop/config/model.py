@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from fastloop.config.strict import Positive, Strict
+from fastloop.config.strict import Fraction, Positive, Strict
 
 Guidance = Annotated[float, Field(ge=0), AfterValidator(lambda w: max(w, 1.0))]  # in diffusers none up to 1 as well
 
@@ -125,6 +125,11 @@ class SamplingConfig(Strict):
         description="w of classifier-free guidance; up to 1 it is off, as in diffusers, which saves the second half of every "
         "forward; FLUX.1 has no default: stock's is 1",
     )
+    guidance_rescale: Fraction | None = Field(
+        None,
+        description="share of the guided prediction that is scaled to the spread of that with the prompt (arXiv 2305.08891); "
+        "not affine, so for evaluations and `sample` alone; null: none",
+    )
     embedded_guidance: Annotated[float, Field(ge=0)] | None = Field(
         None, description="FLUX.1 dev only: the guidance that the model was distilled from and is told; null: 3.5, as in stock"
     )
@@ -165,6 +170,11 @@ class EvalSamplingConfig(Strict):
     )
     negative_prompt: str | None = Field(
         None, description="prompt of the unconditional branch; empty: none; null: `sampling.negative_prompt`"
+    )
+    guidance_rescale: Fraction | None = Field(
+        None,
+        description="share of the guided prediction that is scaled to the spread of that with the prompt (arXiv 2305.08891), "
+        "against washed-out colours of zero-SNR models; null: none",
     )
     height: Positive | None = Field(None, description="of the pictures, in pixels; null: `sampling.height`")
     width: Positive | None = Field(None, description="of the pictures, in pixels; null: `sampling.width`")

@@ -46,6 +46,7 @@ class Denoiser(TextEncoding, Adapters, Residence, Export):
     text_classes: dict[str, type]  # of the text encoders, by the name of their part
     absent: dict[str, Any]  # arguments of the pipeline for the parts that are left out
     upcasts_vae = False  # whether the family's pipeline decodes in float32 where the VAE's config has force_upcast
+    rescales_guidance = False  # whether the family's pipeline takes a ``guidance_rescale``
     sizes_condition = False  # whether the network is told of picture sizes
     timestep_dtype = torch.int64  # of the scheduler's timesteps, which the network is called with; of a flow float32
     sequence_length: int | None = None  # the pipeline's default of ``model.max_sequence_length``, where it has one
@@ -125,6 +126,8 @@ class Denoiser(TextEncoding, Adapters, Residence, Export):
     @classmethod
     def check_settings(cls, path: str, config: ModelConfig, sampling: SamplingConfig) -> None:
         """Raise ``UserError`` for settings that are not for this model, by its configs."""
+        if sampling.guidance_rescale is not None and not cls.rescales_guidance:
+            raise UserError(f"sampling.guidance_rescale: {path} is a flow, whose pipeline has none: leave it out")
         if sampling.embedded_guidance is not None:
             raise UserError(
                 f"sampling.embedded_guidance: {path} is not told of a guidance, only FLUX.1 dev is: leave it out "

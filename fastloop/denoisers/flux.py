@@ -64,8 +64,8 @@ class Flux(TransformerDenoiser):
     @classmethod
     def check_settings(cls, path: str, config: ModelConfig, sampling: SamplingConfig) -> None:
         """Raise ``UserError`` for guidances that are not this model's, or not chosen, and for a text too long for schnell."""
-        if not cls.takes_guidance(path, config):
-            super().check_settings(path, config, sampling)
+        own = {"embedded_guidance": None} if cls.takes_guidance(path, config) else {}
+        super().check_settings(path, config, sampling.model_copy(update=own))
         if "guidance_scale" not in sampling.model_fields_set:
             raise UserError(
                 "sampling.guidance_scale: FLUX has no default: set it to 1, stock's and none, or to its true_cfg_scale"

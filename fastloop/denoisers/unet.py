@@ -27,6 +27,7 @@ class UNetDenoiser(Denoiser):
 
     network_class = UNet2DConditionModel
     network_name = "unet"
+    rescales_guidance = True
     known_embeddings: dict[str, Any] = {"addition_embed_type": None}  # what the UNet is told beside timestep and text
 
     @classmethod
