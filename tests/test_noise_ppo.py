@@ -122,7 +122,7 @@ def test_it_learns_a_toy_reward_starts_from_a_ratio_of_1_and_leaves_the_model_as
 
 @pytest.mark.parametrize("changes", [{}, {"ema": {"decay": 0.5}, "advantage": "prompt_tracker"}], ids=["plain", "average"])
 def test_a_resumed_run_is_the_whole_one_bit_for_bit_and_its_folder_draws_with_the_policy(make, tmp_path, changes):
-    changes = {**changes, "optimizer": {"lr": 0.3}}  # so that two updates show in the pictures
+    changes = {**changes, "optimizer": {"lr": 0.05}}  # so that two updates show in the pictures
     whole = make(output_dir=str(tmp_path / "whole"), **changes)
     whole.train()
     make(output_dir=str(tmp_path / "cut"), iterations=1, **changes).train()
