@@ -100,6 +100,7 @@ class TrainingRun:
         config = self.config
         self.not_carried_over = self._restore(checkpoint, *saved[1:]) if saved else None
         self.stop, self.alarms, self.pace = StopRequest(ranks), Alarms(config), Pace(config)
+        self._fired: dict[str, str] = {}  # the alarms of the last iteration
         self.tracker = None
         if ranks.main:
             self.tracker = Tracker(
@@ -186,7 +187,9 @@ class TrainingRun:
         self.tracker.log({"iteration": self.iteration, "images": self.images, "seconds": self.seconds, **metrics})
         print(self.pace.line(self.iteration, metrics), flush=True)
         for name, text in fired.items():
-            print(f"  alarm {name}: {one_line(text)}", flush=True)
+            if text != self._fired.get(name):  # when it begins; the metrics have it in every iteration
+                print(f"  alarm {name}: {one_line(text)}", flush=True)
+        self._fired = fired
 
     def _evaluate(self) -> None:
         """Scores the evaluation prompts, once per iteration, whatever was interrupted and resumed."""
