@@ -7,8 +7,8 @@ The model draws pictures of training prompts from N(0, I), with the recipe's det
 - Signal: the squared norm of the gradient of the expected reward with respect to mu, given on a grid of G x G means in each
   channel (1: the channel's mean), and with respect to the logarithm of each channel's spread. mu may follow the prompt along a
   direction of its features: that of most signal is taken, of the constant one and their first eight principal ones. For
-  leave-one-out advantages A and noise z in units of its spread, g = mean(A z) over pictures; |g|^2 is the mean of g_i . g_j over
-  pairs of different prompts, which has no bias; its standard error is that of uncorrelated noise.
+  advantages A (leave-one-out) and noise z in units of its spread, g = mean(A z) over pictures; |g|^2 is the mean of g_i . g_j
+  over pairs of different prompts, which has no bias; its standard error is that of uncorrelated noise.
 - Ceiling: held-out scores with mu moved along that gradient, of the channels' means, to lengths of the whole latent, and with
   the spread scaled. The same noise for all.
 

@@ -33,11 +33,18 @@ def tables(
     unfinished: list[str],
     machine: dict,
     versions: dict[str, str],
+    also: str | None = None,
 ) -> str:
-    """Write Markdown: a table for each task and evaluation, what a run costs, and the search."""
+    """Write Markdown: a table for each task and evaluation, what a run costs, and the search.
+
+    ``also``: a recipe whose end, in the first evaluation, is a target too.
+    """
     parts = []
     for task, runs in found.items():
         parts += [text for evaluation in evaluations for text in _results(task, runs, evaluation)]
+        if runs.get(also):
+            title, *rest = _results(task, {also: runs[also]} | runs, evaluations[0])
+            parts += [f"{title}, against {also}", *rest]
     parts += ["### What a run costs", _costs(found), _factors(factors)]
     if any(len(of_rate) > 1 for of_rate in searches.values()):
         parts += [f"### The search: plain score on {search_task} by learning rate, the chosen in bold", _search(searches)]
