@@ -62,6 +62,9 @@ class Chain:
     def encode(self, prompts, sampling):
         return torch.zeros(len(prompts), 1), None
 
+    def initial_latents(self, noise, prompts):
+        return noise
+
     def predict(self, latents, timesteps, cond, uncond, full=0):
         step = (timesteps[:, None] == TABLE.timesteps).float()
         gain, shift = (step @ of for of in self.parameters)

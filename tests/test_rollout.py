@@ -213,8 +213,10 @@ def test_without_latents_the_images_are_the_same(denoiser, guided):
 
 
 def with_scheduler(model: ModelConfig, folder: Path, **changes) -> ModelConfig:
-    """The model with another scheduler config."""
+    """The model with another scheduler config, which only SD's pipeline would correct."""
     shutil.copytree(model.path, folder)
+    index = folder / "model_index.json"
+    index.write_text(index.read_text().replace("StableDiffusionPipeline", "StableDiffusionXLPipeline"))
     path = folder / "scheduler" / "scheduler_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     return model.model_copy(update={"path": str(folder)})

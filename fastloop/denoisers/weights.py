@@ -91,8 +91,10 @@ def _check_part(part: str, path: str, chosen: WeightFiles, skeleton: torch.nn.Mo
                     keys |= set(file.keys())
             except Exception as error:  # safetensors raises its own kinds
                 raise UserError(f"model.path: cannot load the {part} of {path}: {name}: {one_line(error)}") from None
-    wanted = {name.removeprefix("text_model.") for name in skeleton.state_dict()}
-    bare = {key.removeprefix("model.").removeprefix("text_model.") for key in keys}  # as some classes of a part save it
+    # without the levels that some classes of a part have above it
+    wanted, bare = (
+        {name.removeprefix("model.").removeprefix("text_model.") for name in of} for of in (skeleton.state_dict(), keys)
+    )
     if chosen.safetensors and len(wanted & bare) < len(wanted) / 2:
         raise UserError(
             f"model.path: cannot load the {part} of {path}: {chosen.names[0]} has other weights than such a part, "
