@@ -15,14 +15,12 @@ import torch
 from safetensors.torch import save_file
 
 from fastloop import kernels
-from fastloop.advantages import finish
 from fastloop.checkpoints import load_weights
 from fastloop.engines.torch import TorchEngine
 from fastloop.errors import RunFailed
 from fastloop.metrics import reward_metrics
 from fastloop.noise_policy import log_prob, noise_terms
 from fastloop.optimizers import Ema
-from fastloop.rewards.scoring import Scores
 from fastloop.rollout import Trajectories, gather_scores, scored_rollout
 from fastloop.training_run import TrainingRun
 
@@ -69,7 +67,7 @@ class NoiseTrainer(TrainingRun):
                     scores = gather_scores(self.rewards, self.ranks, len(repeated))
                 scored = time.perf_counter()
                 # 3. rewards to advantages, one for each initial noise
-                advantages = self.advantages([prompt.text for prompt in prompts], scores)
+                advantages = self.advantages([prompt.text for prompt in prompts], scores).to(self.device)
                 # 4. updates of the policy alone
                 with self.observer.phase("update"):
                     metrics = self.update([prompt.text for prompt in repeated], ids, advantages)
@@ -113,14 +111,6 @@ class NoiseTrainer(TrainingRun):
                 keep="none",
                 backend=config.kernels,
             )
-
-    def advantages(self, prompts: list[str], scores: Scores) -> torch.Tensor:
-        """Turn scores of P prompts with K images each into float32 (P K,) on the device."""
-        groups = -1, self.config.images_per_prompt
-        terms = {label: torch.from_numpy(values).view(groups) for label, values in scores.normalized.items()}
-        found = self.advantage(prompts, terms, {reward.key: reward.weight for reward in self.config.rewards})
-        finished = finish(found, self.config.advantage_clamp, self.config.normalize_advantages)
-        return finished.flatten().to(self.device)
 
     def update(self, prompts: list[str], ids: torch.Tensor, advantages: torch.Tensor) -> dict[str, float]:
         """Take ``updates_per_rollout`` optimizer steps over the shuffled initial noises of a rollout, all on every rank.

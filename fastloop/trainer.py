@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastloop.advantages import finish
 from fastloop.checkpoints import load_weights
 from fastloop.compiling import decide
 from fastloop.engines.deepspeed import DeepSpeedEngine
@@ -22,10 +21,8 @@ from fastloop.engines.torch import TorchEngine
 from fastloop.metrics import reward_metrics
 from fastloop.objectives import OBJECTIVES
 from fastloop.optimizers import Ema, holding
-from fastloop.penalty import PENALTY
 from fastloop.preflight import compile_problem
 from fastloop.replay import Replay
-from fastloop.rewards.scoring import Scores
 from fastloop.rollout import Trajectories, gather_scores, scored_rollout
 from fastloop.rundir import rewrite_config
 from fastloop.training_run import TrainingRun
@@ -142,21 +139,6 @@ class Trainer(TrainingRun):
         with self.observer.phase("penalty"), self._rollout_weights():
             own = self.update.penalty(trajectories)
         return self.ranks.gather_shares(own[: len(self.ranks.share(n))], n)
-
-    def advantages(self, prompts: list[str], scores: Scores, errors: np.ndarray | None = None) -> torch.Tensor:
-        """Turn scores of P prompts with K images each into float32 (P K,), or (P K S,) where each trained step has its own.
-
-        ``errors``: as from `denoising_errors`.
-        """
-        groups = -1, self.config.images_per_prompt
-        terms = {label: torch.from_numpy(values).view(groups) for label, values in scores.normalized.items()}
-        weights = {reward.key: self.config.dlpo.alpha * reward.weight for reward in self.config.rewards}
-        if errors is not None:
-            terms[PENALTY], weights[PENALTY] = torch.from_numpy(errors).view(groups), -self.config.dlpo.beta
-        found = self.advantage(prompts, terms, weights)
-        if self.advantage.learned:
-            return found.float().flatten()
-        return finish(found, self.config.advantage_clamp, self.config.normalize_advantages).flatten()
 
     def _rollout_weights(self):
         """Weights that are shared out over ranks are whole during a rollout, unless memory is too short for that."""

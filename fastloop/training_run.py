@@ -13,9 +13,10 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
-from fastloop.advantages import ADVANTAGES
+from fastloop.advantages import ADVANTAGES, finish
 from fastloop.alarms import ALARMS, Alarms
 from fastloop.batches import Batches
 from fastloop.checkpoints import load_checkpoint, save_checkpoint
@@ -27,12 +28,14 @@ from fastloop.machine import describe_machine
 from fastloop.metrics import image_statistics
 from fastloop.observer import UNOBSERVED, Observer
 from fastloop.optimizers import Ema
+from fastloop.penalty import PENALTY
 from fastloop.preflight import confirm, preflight
 from fastloop.prompts import PromptStream, prompt_facts, score_name
 from fastloop.ranks import ALONE, Ranks
 from fastloop.records import Pace, save_samples
 from fastloop.report import write_report
 from fastloop.rewards.calls import save_unscored
+from fastloop.rewards.scoring import Scores
 from fastloop.rollout import Trajectories
 from fastloop.rundir import claim_run_dir, release_run_dir, rewrite_config, write_run
 from fastloop.stopping import Stopped, StopRequest
@@ -172,6 +175,21 @@ class TrainingRun:
 
     def _leave_if_asked(self) -> None:
         self.stop.leave_if_asked(self.iteration)
+
+    def advantages(self, prompts: list[str], scores: Scores, errors: np.ndarray | None = None) -> torch.Tensor:
+        """Turn scores of P prompts with K images each into float32 (P K,), or (P K S,) where each trained step has its own.
+
+        ``errors``: DLPO's penalty of each, float64 (P K,), where there is one.
+        """
+        groups = -1, self.config.images_per_prompt
+        terms = {label: torch.from_numpy(values).view(groups) for label, values in scores.normalized.items()}
+        weights = {reward.key: self.config.dlpo.alpha * reward.weight for reward in self.config.rewards}
+        if errors is not None:
+            terms[PENALTY], weights[PENALTY] = torch.from_numpy(errors).view(groups), -self.config.dlpo.beta
+        found = self.advantage(prompts, terms, weights)
+        if self.advantage.learned:
+            return found.float().flatten()
+        return finish(found, self.config.advantage_clamp, self.config.normalize_advantages).flatten()
 
     # --- records -------------------------------------------------------------------------------------------------------
 

@@ -150,9 +150,9 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_nothing_is_stepped(make):
     assert trainer.policy.outer.weight.equal(before)
 
 
-def test_every_rank_makes_the_same_updates_whatever_its_share(make):
+def test_every_rank_makes_the_same_updates_whatever_its_share(make, tmp_path):
     """Initial noise and features are those of all trajectories; only the pictures are shared out."""
-    one, other = make(), make(output_dir="runs/unused")
+    one, other = make(), make(output_dir=str(tmp_path / "other"))
     advantages = torch.tensor([1.0, -1, 0.5, -0.5, 0, 0])
     first = one.update(["cat", "cat", "dog", "dog", "cow", "cow"], torch.arange(6), advantages)
     other.denoiser.encode(["cow", "pig"], other.config.sampling)  # another share, so others in its cache

@@ -102,22 +102,26 @@ def _check_part(part: str, path: str, chosen: WeightFiles, skeleton: torch.nn.Mo
         )
 
 
-@lru_cache(maxsize=64)
-def _names(path: str, part: str, revision: str | None) -> tuple[str, ...]:
-    """The names of the files of a part: of its folder, of the hub, or where that cannot be asked of what was fetched before.
+def _names(path: str, part: str, revision: str | None) -> list[str]:
+    """The names of the files of a part, of a folder or of the hub."""
+    if Path(path).is_dir():
+        return [file.name for file in (Path(path) / part).glob("*")]
+    return [name.removeprefix(f"{part}/") for name in _hub_files(path, revision) if name.startswith(f"{part}/")]
+
+
+@lru_cache(maxsize=8)
+def _hub_files(path: str, revision: str | None) -> list[str]:
+    """The files of a hub id, asked for once; where the hub cannot be asked, what was fetched before.
 
     Raises ``UserError`` where there is none of them.
     """
-    folder = Path(path)
-    if not folder.is_dir():
-        from huggingface_hub import list_repo_files, snapshot_download
+    from huggingface_hub import list_repo_files, snapshot_download
 
+    try:
+        return list_repo_files(path, revision=revision)
+    except Exception as error:  # the hub's client raises many kinds
         try:
-            files = list_repo_files(path, revision=revision)
-            return tuple(name.removeprefix(f"{part}/") for name in files if name.startswith(f"{part}/"))
-        except Exception as error:  # the hub's client raises many kinds
-            try:
-                folder = Path(snapshot_download(path, revision=revision, local_files_only=True))
-            except Exception:
-                raise UserError(f"model.path: cannot list the files of {path}: {one_line(error)}") from None
-    return tuple(file.name for file in (folder / part).glob("*"))
+            folder = Path(snapshot_download(path, revision=revision, local_files_only=True))
+        except Exception:
+            raise UserError(f"model.path: cannot list the files of {path}: {one_line(error)}") from None
+        return [file.relative_to(folder).as_posix() for file in folder.rglob("*")]
