@@ -42,6 +42,10 @@ def _of_model(config: Config) -> str | None:
         )
     if model.lora.text_encoders and model.adapter == "full":
         return "model.lora.text_encoders: model.adapter=full trains the UNet alone: set it to false, or model.adapter=lora"
+    if model.lora.fuse and model.lora.path is None:
+        return "model.lora.fuse: there is nothing to fuse: set model.lora.path, or leave it out"
+    if model.lora.path is not None and model.adapter == "full" and not model.lora.fuse:
+        return "model.lora.path: model.adapter=full trains no adapters: set model.lora.fuse=true, or model.adapter=lora"
     if config.export.format == "kohya" and model.adapter == "full":
         return "export.format: kohya is a format of adapters: set model.adapter=lora, or format to diffusers"
     if model.base_precision and model.adapter == "full":
@@ -50,9 +54,10 @@ def _of_model(config: Config) -> str | None:
             "trains them: set model.adapter=lora, or base_precision to null"
         )
     if model.random_init is None:
-        return "model.path: no model: give assets:shapes, a folder or a hub id" if model.path is None else None
-    for key in ("path", "revision", "variant"):
-        if (value := getattr(model, key)) is not None:
+        return "model.path: no model: give assets:shapes, a folder, a file or a hub id" if model.path is None else None
+    files = {key: getattr(model, key) for key in ("path", "revision", "variant")} | {"vae.path": model.vae.path}
+    for key, value in files.items():
+        if value is not None:
             random = f"model.random_init={model.random_init}"
             return f"model.{key}: {value}, but {random} reads no files: set one of them to null"
     return None

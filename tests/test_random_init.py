@@ -120,7 +120,7 @@ def test_a_model_without_files_trains_resumes_and_is_exported(make_config, tiny_
         ({"random_init": "sd15"}, "model.path: ./folder, but model.random_init=sd15 reads no files: set one of them to null"),
         ({"random_init": "sd15", "path": None, "variant": "fp16"}, "model.variant: fp16, but model.random_init=sd15 reads no"),
         ({"random_init": "sd15", "path": None, "revision": "main"}, "model.revision: main, but model.random_init=sd15 reads"),
-        ({"path": None}, "model.path: no model: give assets:shapes, a folder or a hub id"),
+        ({"path": None}, "model.path: no model: give assets:shapes, a folder, a file or a hub id"),
     ],
     ids=str,
 )

@@ -14,6 +14,17 @@ Guidance = Annotated[float, Field(ge=0), AfterValidator(lambda w: max(w, 1.0))] 
 class LoraConfig(Strict):
     """Low-rank adapters on the UNet, and on the text encoders if wanted (peft)."""
 
+    path: str | None = Field(
+        None,
+        min_length=1,
+        description="adapters to start from: a .safetensors file in diffusers' or kohya's format, or a folder with "
+        "`pytorch_lora_weights.safetensors`; they are trained on; null: fresh ones",
+    )
+    fuse: bool = Field(
+        False,
+        description="whether those of `path` are added to the model's weights instead, and fresh ones trained on top; the "
+        "model before training, and the reference of a KL, is then the model with them",
+    )
     rank: Positive = Field(16, description="rank of the adapters")
     alpha: Annotated[float, Field(gt=0)] | None = Field(
         None, description="the adapters' scale is alpha / rank; null: the rank, which makes the scale 1"
@@ -32,6 +43,12 @@ class LoraConfig(Strict):
 class VaeConfig(Strict):
     """How latents become pictures. A picture that overflows in half precision is decoded again in float32."""
 
+    path: str | None = Field(
+        None,
+        min_length=1,
+        description="a VAE from elsewhere: its diffusers folder, a .safetensors or .ckpt file of one, the folder of a "
+        "pipeline, or a hub id of one of these; null: the model's own",
+    )
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto",
         description="of the VAE; auto: `model.dtype`, but fp32 with fp16 for an SDXL whose VAE config has `force_upcast`",
@@ -48,8 +65,8 @@ class ModelConfig(Strict):
     path: str | None = Field(
         "assets:shapes",
         min_length=1,
-        description="`assets:shapes` or `assets:shapes_flow` (the bundled models), a diffusers folder, or a hub id "
-        "`OWNER/NAME`; null beside `model.random_init`",
+        description="`assets:shapes` or `assets:shapes_flow` (the bundled models), a diffusers folder, a hub id "
+        "`OWNER/NAME`, or a .safetensors or .ckpt file of Stable Diffusion 1.x, 2.x or XL; null beside `model.random_init`",
     )
     random_init: Literal["sd15", "sd2", "sdxl", "sd35_medium", "flux_dev", "klein_base_4b"] | None = Field(
         None,

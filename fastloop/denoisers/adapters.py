@@ -8,7 +8,8 @@ from contextlib import contextmanager
 import torch
 from peft import LoraConfig
 
-from fastloop.config import NoisePolicyConfig, SamplingConfig
+from fastloop.config import ModelConfig, NoisePolicyConfig, SamplingConfig
+from fastloop.denoisers.lora_files import check_adapters, continue_adapters, fuse_adapters, read_adapters
 from fastloop.denoisers.parts import DTYPES, part_title
 from fastloop.errors import UserError
 from fastloop.noise_policy import NoisePolicy
@@ -65,7 +66,8 @@ class Adapters:
         """Make trainable what the configuration says, and set the attention backend.
 
         Raises:
-            UserError: LoRA targets, or blocks to checkpoint, that the network does not have.
+            UserError: LoRA targets, or blocks to checkpoint, that the network does not have; adapters to start from that do
+                not fit.
         """
         if self.trains_text and self.text_targets is None:
             raise UserError("model.lora.text_encoders: those of this model are not trained: set it to false")
@@ -75,6 +77,10 @@ class Adapters:
             self._add_lora(self.network_name, self.config.lora.target_modules or self.lora_targets)
             for name in self.text_encoders if self.trains_text else ():
                 self._add_lora(name, self.text_targets)
+            if (path := self.config.lora.path) is not None and not self.config.lora.fuse:
+                found = read_adapters(path, self.pipeline_class, self.network_name, self.network)
+                check_adapters(path, found, self.parts)
+                continue_adapters(path, found, self.trained_parts, ADAPTER)
         else:
             # as it starts and is saved; an engine rounds them to `model.dtype`, and without one autocast does
             self.network.float().requires_grad_(True)
@@ -82,6 +88,19 @@ class Adapters:
             self.network.enable_gradient_checkpointing()
         if isinstance(gradient_checkpointing, list):
             self._checkpoint_only(gradient_checkpointing)
+
+    @classmethod
+    def fuse_into(cls, parts: dict[str, torch.nn.Module], config: ModelConfig, network: torch.nn.Module) -> None:
+        """Add the adapters of ``model.lora.path`` to the weights of parts, where ``model.lora.fuse`` says so.
+
+        Raises ``UserError`` where they do not fit, also of parts without weights.
+        """
+        if config.lora.fuse:
+            found = read_adapters(config.lora.path, cls.pipeline_class, cls.network_name, network)
+            if network.device.type == "meta":
+                check_adapters(config.lora.path, found, parts)
+            else:
+                fuse_adapters(found, parts)
 
     def _add_lora(self, part: str, targets: list[str]) -> None:
         """Puts fresh float32 adapters on a part. Raises ``UserError`` where no module has one of the names."""

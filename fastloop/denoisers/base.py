@@ -18,7 +18,7 @@ from transformers.utils import logging as transformers_logging
 from fastloop.config import ModelConfig, SamplingConfig
 from fastloop.denoisers.adapters import Adapters
 from fastloop.denoisers.export import Export
-from fastloop.denoisers.files import read_json, small_files
+from fastloop.denoisers.files import read_json, read_part_config, small_files
 from fastloop.denoisers.parts import DTYPES, build_part, maker, random_part, read_part, read_tokenizer
 from fastloop.denoisers.quantised import quantise_parts
 from fastloop.denoisers.residence import Residence
@@ -198,6 +198,7 @@ class Denoiser(TextEncoding, Adapters, Residence, Export):
         # a full fine-tune trains the weights of the file, not their rounding
         trained = torch.float32 if config.adapter == "full" else dtype
         network = get(cls.network_name, cls.network_class, path, config, trained, first)
+        cls.fuse_into({cls.network_name: network, **text_encoders}, config, network)
         quantise_parts(config, device, network, text_encoders)
         return cls(path, config, device, tokenizers=tokenizers, text_encoders=text_encoders, vae=vae, network=network)
 
@@ -209,12 +210,13 @@ class Denoiser(TextEncoding, Adapters, Residence, Export):
         """
         encoders = cls.encoders_of(path, config)
         kinds = {**encoders, "vae": cls.vae_class, cls.network_name: cls.network_class}
-        configs = {name: read_json(path, config, "config.json", name) for name in kinds}
+        configs = {name: read_part_config(name, path, config) for name in kinds}
         with torch.device("meta"):
             parts = {name: build_part(name, path, maker(kind), configs[name]) for name, kind in kinds.items()}
         text_encoders = {name: parts[name] for name in encoders}
         vae, network = parts["vae"], parts[cls.network_name]
         cls.check_fit(path, {name: module.config for name, module in text_encoders.items()}, vae.config, network.config)
+        cls.fuse_into({cls.network_name: network, **text_encoders}, config, network)
         for name, module in parts.items():
             module.to(cls.vae_dtype(config, vae) if name == "vae" else DTYPES[config.dtype])
             if config.dtype == "fp16":  # of T5 some layers overflow in it, and transformers loads them so

@@ -88,7 +88,9 @@ class Export:
                 return
             self.network.save_pretrained(folder / self.network_name)
         for name, kind in {**self.encoders_of(self.path, self.config), "vae": self.vae_class}.items():
-            read_part(name, kind, self.path, self.config, to, torch.device("cpu")).save_pretrained(folder / name)
+            part = read_part(name, kind, self.path, self.config, to, torch.device("cpu"))
+            self.fuse_into({name: part}, self.config, self.network)
+            part.save_pretrained(folder / name)
         small = small_files(self.path, self.config)
         for name in ("scheduler", *self.tokenizers):
             shutil.copytree(small / name, folder / name)  # as they are: what any version of the libraries reads

@@ -6,11 +6,15 @@ import difflib
 import importlib.util
 import inspect
 import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import diffusers
 
 from fastloop.config import ModelConfig
+from fastloop.denoisers.single_file import is_single_file, unfold
 from fastloop.errors import UserError, one_line
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
@@ -25,11 +29,13 @@ def model_source(config: ModelConfig) -> str:
     return str(ARCHITECTURES / config.random_init) if config.random_init else resolve_path(config.path)
 
 
-def resolve_path(path: str) -> str:
-    """Return a model path as diffusers takes it: ``assets:NAME``, a folder with model_index.json, or a hub id.
+def resolve_path(path: str, alone: bool = False) -> str:
+    """Return where a model is, ``assets:NAME`` or an address of the hub: a folder with model_index.json, a file, or a hub id.
+
+    ``alone``: of a folder a config.json is enough, that of a single part.
 
     Raises:
-        UserError: the asset or the folder does not exist, or is no diffusers pipeline.
+        UserError: the asset, the folder or the file does not exist, or is no diffusers pipeline.
     """
     if path.startswith("assets:"):
         name = path.removeprefix("assets:")
@@ -37,18 +43,84 @@ def resolve_path(path: str) -> str:
         if name not in known:
             raise UserError(f"model.path: no bundled model {name!r}: one of {', '.join(f'assets:{k}' for k in known)}")
         return str(ASSETS / name)
+    path = _hub_id(path)
     folder = Path(path).expanduser()
     try:
+        if folder.is_file():
+            return str(folder)
         found = folder.is_dir()
     except (OSError, ValueError) as error:
         raise UserError(f"model.path: {getattr(error, 'strerror', None) or error}: {path[:80]!r}") from None
     if found:
-        if not (folder / "model_index.json").exists():
+        if not (folder / "model_index.json").exists() and not (alone and (folder / "config.json").exists()):
             raise UserError(f"model.path: {path} has no model_index.json: give the folder of a diffusers pipeline")
         return str(folder)
     if path.startswith(("/", ".", "~")) or path.count("/") != 1:
-        raise UserError(f"model.path: no folder {path}: give a diffusers folder, a hub id OWNER/NAME, or assets:shapes")
+        raise UserError(
+            f"model.path: no folder or file {path}: give a diffusers folder, a .safetensors or .ckpt file, a hub id "
+            "OWNER/NAME, or assets:shapes"
+        )
     return path
+
+
+def _hub_id(path: str) -> str:
+    """Of the hub's address of a repository its id; what is no address stays as it is."""
+    address = re.fullmatch(r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/([^/?#]+/[^/?#]+)(?:/([^?#]*))?.*", path)
+    if not address:
+        return path
+    name, rest = address.groups()
+    if file := re.fullmatch(r"(?:blob|resolve)/[^/]+/(.+)", rest or ""):
+        raise UserError(
+            f"model.path: {path} is the address of a file: run hf download {name} {file[1]} --local-dir . and set "
+            f"model.path=./{file[1]}"
+        )
+    if (branch := re.fullmatch(r"tree/([^/]+)/?", rest or "")) and branch[1] != "main":
+        raise UserError(f"model.path: {path} is the address of a branch: set model.path={name} model.revision={branch[1]}")
+    return name
+
+
+def config_folder(path: str) -> Path:
+    """Return the folder of a model with its configs and tokenizers; of a single file one is made, without weights."""
+    return unfold(path, ARCHITECTURES) if is_single_file(path) else Path(path)
+
+
+def part_source(name: str, path: str, config: ModelConfig) -> tuple[str, str, ModelConfig]:
+    """Return where the files of a part are: a path, the folder in it, and the configuration with the revision that it has.
+
+    That of the model, unless ``model.vae.path`` says another of a VAE: the folder of one, a file, a pipeline, or a hub id.
+    """
+    if name != "vae" or config.vae.path is None:
+        return path, name, config
+    with naming_key(name, config):
+        where = resolve_path(config.vae.path, alone=True)
+        own = config.model_copy(update={"revision": None})
+        if is_single_file(where):
+            return where, name, own
+        try:
+            read_json(where, own, "config.json")
+        except UserError:
+            read_json(where, own, "config.json", name)
+            return where, name, own
+        return where, "", own
+
+
+@contextmanager
+def naming_key(name: str, config: ModelConfig) -> Iterator[None]:
+    """Has a refusal of a part name ``model.vae.path`` where that is where the part is from."""
+    try:
+        yield
+    except UserError as error:
+        if name != "vae" or config.vae.path is None:
+            raise
+        raise UserError(str(error).replace("model.path:", "model.vae.path:", 1)) from None
+
+
+def read_part_config(name: str, path: str, config: ModelConfig) -> dict:
+    """Read the config.json of a part. Raises as `read_json` does."""
+    where, folder, own = part_source(name, path, config)
+    if where != path and is_single_file(where):  # which has none: it is of the kind of the model's own
+        where, folder, own = path, name, config
+    return read_json(where, own, "config.json", folder)
 
 
 def read_json(path: str, config: ModelConfig, name: str, subfolder: str | None = None) -> dict:
@@ -57,10 +129,10 @@ def read_json(path: str, config: ModelConfig, name: str, subfolder: str | None =
     Raises:
         UserError: the file cannot be found, fetched or read.
     """
-    where = f"{subfolder}/{name}" if subfolder else name
+    where, folder = f"{subfolder}/{name}" if subfolder else name, config_folder(path)
     try:
-        file = Path(path) / where
-        if not Path(path).is_dir():
+        file = folder / where
+        if not folder.is_dir():
             from huggingface_hub import hf_hub_download
 
             file = Path(hf_hub_download(path, name, subfolder=subfolder, revision=config.revision))
@@ -97,8 +169,8 @@ def small_files(path: str, config: ModelConfig) -> Path:
     Raises:
         UserError: the hub cannot be asked, and has not been before.
     """
-    if Path(path).is_dir():
-        return Path(path)
+    if (folder := config_folder(path)).is_dir():
+        return folder
     from huggingface_hub import snapshot_download
 
     try:

@@ -10,7 +10,8 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTokenizer, PreTrainedConfig, PreTrainedTokenizerBase, Qwen2TokenizerFast, T5TokenizerFast
 
 from fastloop.config import ModelConfig
-from fastloop.denoisers.files import ASSETS, read_json
+from fastloop.denoisers.files import ASSETS, config_folder, naming_key, part_source, read_part_config
+from fastloop.denoisers.single_file import is_single_file, read_single_part
 from fastloop.denoisers.weights import choose_files
 from fastloop.errors import UserError, one_line
 
@@ -48,11 +49,16 @@ def maker(kind: type):
 
 def read_part(name: str, kind: type, path: str, config: ModelConfig, dtype: torch.dtype, _: torch.device) -> torch.nn.Module:
     """Load a part's weights in a dtype. Raises ``UserError`` where they are not there or not complete."""
+    where, folder, own = part_source(name, path, config)
+    if is_single_file(where):
+        values = read_part_config(name, path, config)
+        with naming_key(name, config), _refusing(name, where, config):
+            return read_single_part(name, kind, where, values, config_folder(path), dtype)
     key = "torch_dtype" if hasattr(kind, "from_config") else "dtype"  # diffusers, transformers
     files = choose_files(name, path, config)
     weights = {"use_safetensors": files.safetensors, "variant": files.variant, "output_loading_info": True, key: dtype}
-    with _refusing(name, path, config):
-        part, info = kind.from_pretrained(path, subfolder=name, revision=config.revision, **weights)
+    with naming_key(name, config), _refusing(name, where, config):
+        part, info = kind.from_pretrained(where, subfolder=folder, revision=own.revision, **weights)
         if missing := sorted(info["missing_keys"]):  # the libraries would leave these weights random or empty
             raise ValueError(f"its file lacks {missing[0]}" + (f" and {len(missing) - 1} more" if missing[1:] else ""))
     return part
@@ -62,7 +68,7 @@ def random_part(
     name: str, kind: type, path: str, config: ModelConfig, dtype: torch.dtype, device: torch.device
 ) -> torch.nn.Module:
     """Build a part on its device from its config, with the libraries' initial weights from seed 0, as in every process."""
-    values = read_json(path, config, "config.json", name)
+    values = read_part_config(name, path, config)
     before = torch.get_default_dtype()
     with torch.random.fork_rng([device] if device.type == "cuda" else []), device:
         torch.manual_seed(0)
@@ -93,7 +99,8 @@ def read_tokenizer(encoder: str, path: str, config: ModelConfig, text_config: Pr
         tokenizer.model_max_length = text_config.max_position_embeddings
         return tokenizer
     with _refusing(name, path, config):
-        tokenizer = kind.from_pretrained(path, subfolder=name, revision=config.revision)
+        folder = str(config_folder(path)) if is_single_file(path) else path
+        tokenizer = kind.from_pretrained(folder, subfolder=name, revision=config.revision)
     words = len(tokenizer) - len(set(tokenizer.all_special_ids))
     if words < 2 or len(tokenizer) > text_config.vocab_size:  # without its files transformers makes an empty one
         raise UserError(

@@ -11,6 +11,8 @@ import torch
 from safetensors import safe_open
 
 from fastloop.config import ModelConfig
+from fastloop.denoisers.files import naming_key, part_source
+from fastloop.denoisers.single_file import check_single_part, is_single_file, single_file_notes
 from fastloop.errors import UserError, one_line
 
 _SHARD = r"(?:-\d{5}-of-\d{5})?"
@@ -34,25 +36,32 @@ def choose_files(part: str, path: str, config: ModelConfig) -> WeightFiles:
         UserError: there are none, or none but those of a variant, which is named.
     """
     found: dict[tuple[str | None, bool], list[str]] = {}
-    for name in _names(path, part, config.revision):
+    path, folder, own = part_source(part, path, config)
+    for name in _names(path, folder, own.revision):
         if match := _FILE.fullmatch(name):
             found.setdefault((match[1], match[2] == "safetensors"), []).append(name)
     for safetensors in (True, False):
         for variant in (config.variant, None):
             if names := found.get((variant, safetensors)):
                 return WeightFiles(variant, safetensors, tuple(sorted(names)))
-    if variants := sorted({variant for variant, _ in found}):
+    variants = sorted({variant for variant, _ in found})
+    with naming_key(part, config):
+        if variants:
+            raise UserError(
+                f"model.variant: the {part} of {path} has files of the variant {' and '.join(variants)} alone: set "
+                f"model.variant={variants[0]}"
+            )
         raise UserError(
-            f"model.variant: the {part} of {path} has files of the variant {' and '.join(variants)} alone: set "
-            f"model.variant={variants[0]}"
+            f"model.path: cannot load the {part} of {path}: there are no weights in its folder, .safetensors or .bin"
         )
-    raise UserError(f"model.path: cannot load the {part} of {path}: there are no weights in its folder, .safetensors or .bin")
 
 
 def file_notes(parts: list[str], path: str, config: ModelConfig) -> tuple[str, ...]:
     """Say of which parts other files are read than ``model.variant`` and safetensors; a line each."""
-    notes = []
+    notes = [*single_file_notes(path)] if is_single_file(path) else []
     for part in parts:
+        if is_single_file(part_source(part, path, config)[0]):
+            continue
         chosen = choose_files(part, path, config)
         if chosen.variant != config.variant:
             notes.append(f"the {part} has no files of the variant {config.variant}: those without one are read")
@@ -65,17 +74,24 @@ def check_files(parts: dict[str, torch.nn.Module], path: str, config: ModelConfi
     """Look into the files of parts, given without weights; of those in a folder at their names too. Reads no weights.
 
     Raises:
-        UserError: as `choose_files`; no part has the variant; a file is a pointer of git-LFS, damaged, or another part's.
+        UserError: as `choose_files`; no part has the variant; a file is a pointer of git-LFS, damaged, or another part's;
+            a single file lacks a part.
     """
-    chosen = {part: choose_files(part, path, config) for part in parts}
+    sources = {part: part_source(part, path, config)[:2] for part in parts}
+    for part, (where, _) in sources.items():
+        if is_single_file(where):
+            with naming_key(part, config):
+                check_single_part(part, where, parts[part])
+    chosen = {part: choose_files(part, path, config) for part, (where, _) in sources.items() if not is_single_file(where)}
     if config.variant is not None and all(files.variant is None for files in chosen.values()):
         raise UserError(f"model.variant: no part of {path} has files of the variant {config.variant}: leave it out")
     for part, files in chosen.items():
-        _check_part(part, path, files, parts[part])
+        path, folder = sources[part]
+        with naming_key(part, config):
+            _check_part(part, path, Path(path) / folder, files, parts[part])
 
 
-def _check_part(part: str, path: str, chosen: WeightFiles, skeleton: torch.nn.Module) -> None:
-    folder = Path(path) / part
+def _check_part(part: str, path: str, folder: Path, chosen: WeightFiles, skeleton: torch.nn.Module) -> None:
     if not folder.is_dir():
         return
     keys: set[str] = set()
@@ -102,11 +118,12 @@ def _check_part(part: str, path: str, chosen: WeightFiles, skeleton: torch.nn.Mo
         )
 
 
-def _names(path: str, part: str, revision: str | None) -> list[str]:
-    """The names of the files of a part, of a folder or of the hub."""
+def _names(path: str, folder: str, revision: str | None) -> list[str]:
+    """The names of the files in a folder of a folder or of a hub id."""
     if Path(path).is_dir():
-        return [file.name for file in (Path(path) / part).glob("*")]
-    return [name.removeprefix(f"{part}/") for name in _hub_files(path, revision) if name.startswith(f"{part}/")]
+        return [file.name for file in (Path(path) / folder).glob("*")]
+    inside = f"{folder}/" if folder else ""
+    return [name.removeprefix(inside) for name in _hub_files(path, revision) if name.startswith(inside)]
 
 
 @lru_cache(maxsize=8)
