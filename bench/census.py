@@ -62,8 +62,6 @@ from throughput_systems import MODELS as ALL
 from torch.utils._python_dispatch import _disable_current_modes
 
 from fastloop.config import Config, ModelConfig
-from fastloop.denoisers.files import model_source
-from fastloop.denoisers.parts import read_tokenizer
 from fastloop.engines.torch import TorchEngine
 from fastloop.errors import UserError
 from fastloop.machine import version_of
@@ -89,10 +87,7 @@ def load_fake(config: ModelConfig, device: torch.device):
         for module in denoiser.parts.values():
             make_fake(module)
     denoiser.device = device
-    denoiser.tokenizers = {
-        name.replace("text_encoder", "tokenizer"): read_tokenizer(name, model_source(config), config, encoder.config)
-        for name, encoder in denoiser.text_encoders.items()
-    }
+    denoiser.tokenizers = denoiser.read_tokenizers(denoiser.path, config, denoiser.text_encoders)
     return denoiser
 
 

@@ -18,8 +18,6 @@ from fastloop.compiling import with_compile
 from fastloop.config import Config, MemoryConfig
 from fastloop.denoisers import build_skeleton, make_trainable
 from fastloop.denoisers.base import Denoiser
-from fastloop.denoisers.files import model_source
-from fastloop.denoisers.parts import read_tokenizer
 from fastloop.denoisers.weights import check_files
 from fastloop.engines.deepspeed import deepspeed_problem, deepspeed_settings
 from fastloop.engines.torch import pick_device
@@ -131,7 +129,9 @@ def preflight(config: Config, ranks: Ranks = ALONE, resume: bool = False, gpu: b
         raise UserError(f"export.format: kohya has no names for a {skeleton.pipeline_class.__name__}: set it to diffusers")
     if config.dlpo.data is not None:
         check_pictures(config.dlpo.data, prompts, skeleton, config.sampling)
-    cut = _cut_lines(config, skeleton, {"prompts": prompts, "eval.prompts": eval_prompts})
+    tokenizers = skeleton.read_tokenizers(skeleton.path, config.model, skeleton.text_encoders)
+    config = _with_chunks(config, skeleton, [prompt.text for prompt in (*prompts, *eval_prompts)], tokenizers)
+    cut = _cut_lines(config, skeleton, {"prompts": prompts, "eval.prompts": eval_prompts}, tokenizers)
     make_trainable(skeleton, config)
     texts = distinct_texts(config, prompts, eval_prompts)
     config, chosen, traced = _settle(config, skeleton, steps_trained, texts, device, ranks, earlier, gpu)
@@ -157,13 +157,23 @@ def preflight(config: Config, ranks: Ranks = ALONE, resume: bool = False, gpu: b
     )
 
 
-def _cut_lines(config: Config, skeleton: Denoiser, lists: dict[str, list[Prompt]]) -> list[str]:
+def _with_chunks(config: Config, skeleton: Denoiser, texts: list[str], tokenizers: dict) -> Config:
+    """The configuration with as many chunks as the longest text has, where it asks for them; and the skeleton with it."""
+    lists = {"prompts": config.prompts, "eval.prompts": config.eval.prompts}
+    if not (asked := [key for key, of in lists.items() if of.too_long == "chunk"]):
+        return config
+    if not skeleton.chunks_texts:
+        raise UserError(f"{asked[0]}.too_long: chunk is for Stable Diffusion 1.x, 2.x and XL: set it to warn")
+    negative = [config.sampling.negative_prompt, config.eval_sampling.negative_prompt]
+    most = max(config.model.prompt_chunks, skeleton.chunks([*texts, *negative], tokenizers))
+    config = config.model_copy(update={"model": config.model.model_copy(update={"prompt_chunks": most})})
+    skeleton.config = config.model
+    return config
+
+
+def _cut_lines(config: Config, skeleton: Denoiser, lists: dict[str, list[Prompt]], tokenizers: dict) -> list[str]:
     """Lines about prompts that are too long for the model. Raises ``UserError`` where ``too_long`` is error."""
-    path, lines = model_source(config.model), []
-    tokenizers = {
-        name.replace("text_encoder", "tokenizer"): read_tokenizer(name, path, config.model, encoder.config)
-        for name, encoder in skeleton.text_encoders.items()
-    }
+    lines = []
     for key, prompts in lists.items():
         texts = list(dict.fromkeys(prompt.text for prompt in prompts))
         if not (cut := skeleton.cut(texts, tokenizers)):
@@ -173,7 +183,7 @@ def _cut_lines(config: Config, skeleton: Denoiser, lists: dict[str, list[Prompt]
             f"end, which rewards do: {one_line(cut[0])[:120]!r}"
         )
         if (config.prompts if key == "prompts" else config.eval.prompts).too_long == "error":
-            raise UserError(f"{key}.too_long: {said}: shorten them, or set it to warn")
+            raise UserError(f"{key}.too_long: {said}: shorten them, or set it to warn or chunk")
         lines.append(f"{key}: {said}")
     return lines
 

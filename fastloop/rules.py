@@ -46,6 +46,10 @@ def _of_model(config: Config) -> str | None:
         return "model.lora.fuse: there is nothing to fuse: set model.lora.path, or leave it out"
     if model.lora.path is not None and model.adapter == "full" and not model.lora.fuse:
         return "model.lora.path: model.adapter=full trains no adapters: set model.lora.fuse=true, or model.adapter=lora"
+    if model.clip_skip is not None and model.lora.text_encoders:
+        return (
+            "model.clip_skip: layers that are skipped would have adapters: set model.lora.text_encoders=false, or this to null"
+        )
     if config.export.format == "kohya" and model.adapter == "full":
         return "export.format: kohya is a format of adapters: set model.adapter=lora, or format to diffusers"
     if model.base_precision and model.adapter == "full":

@@ -36,14 +36,14 @@ def open_model(path: str, overrides: list[str]) -> tuple[Config, Callable[[], De
     found = list_checkpoints(folder / "checkpoints")
     if of_run and not found:
         raise UserError(f"{path} has no checkpoint yet: give the config file to use the base model")
-    if config.memory.automatic:
+    if config.memory.automatic or "chunk" in (config.prompts.too_long, config.eval.prompts.too_long):
         checked = preflight(config)
         config = checked.config
         checked.rewards.close()
         checked.eval_rewards.close()
 
     def load() -> Denoiser:
-        denoiser = ready_denoiser(config, check_device(config), adapter=of_run)
+        denoiser = ready_denoiser(config, check_device(config), adapter=of_run or config.model.lora.path is not None)
         if of_run:
             weights, average, state = load_checkpoint(found[-1], config.ema.decay is not None)
             load_weights(denoiser.trainable(), weights if average is None else average)

@@ -398,12 +398,12 @@ def test_bad_weights_are_refused_and_nothing_is_unpickled(recipe, tiny_sd, refus
     [
         (
             "./nowhere",
-            "model.path: no folder ./nowhere: give a diffusers folder, a hub id OWNER/NAME, or assets:shapes",
+            "model.path: no folder or file ./nowhere: give a diffusers folder, a .safetensors or .ckpt file",
         ),
-        ("/nowhere/at/all", "model.path: no folder /nowhere/at/all"),
-        ("a/b/c", "model.path: no folder a/b/c"),
-        ("nowhere", "model.path: no folder nowhere"),
-        ("recipe.yaml", "model.path: no folder recipe.yaml"),
+        ("/nowhere/at/all", "model.path: no folder or file /nowhere/at/all"),
+        ("a/b/c", "model.path: no folder or file a/b/c"),
+        ("nowhere", "model.path: no folder or file nowhere"),
+        ("recipe.yaml", "model.path: recipe.yaml is a file of another kind than .safetensors"),
         ("assets:shape", "model.path: no bundled model 'shape': one of"),
         ("no-such-owner/no-such-model", "model.path: cannot read model_index.json of no-such-owner/no-such-model: "),
         ("an owner/a name", "model.path: cannot read model_index.json of an owner/a name: "),

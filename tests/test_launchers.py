@@ -234,7 +234,7 @@ def test_a_failure_on_one_rank_ends_all_with_its_own_message(recipe, tmp_path):
     [
         (
             "model.path=/nowhere",
-            "model.path: no folder /nowhere: give a diffusers folder, a hub id OWNER/NAME, or assets:shapes",
+            "model.path: no folder or file /nowhere: give a diffusers folder, a .safetensors or .ckpt file",
         ),
         ("engine={name: torch}", "engine.name: torch is for one process, the launcher started 2: set it to deepspeed"),
     ],

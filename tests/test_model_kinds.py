@@ -11,6 +11,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from known_traces import trace_nothing
 from safetensors.torch import load_file
+from tiny_pipelines import SETTINGS
 
 from fastloop.config import ModelConfig, SamplingConfig
 from fastloop.denoisers import build_skeleton, load_denoiser
@@ -18,6 +19,7 @@ from fastloop.errors import UserError
 from fastloop.plan import plan
 from fastloop.preflight import preflight
 from fastloop.rollout import rollout, sampler_table
+from fastloop.transitions import transition_table
 
 
 def edited(source: str, folder: Path, file: str, remove: tuple[str, ...] = (), **values) -> Path:
@@ -115,6 +117,10 @@ def test_a_full_export_has_the_bases_small_files_as_they_are_and_names_a_tokeniz
     pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "export", torch_dtype=torch.float16)
     assert pipeline.tokenizer("a red circle").input_ids == denoiser.tokenizers["tokenizer"]("a red circle").input_ids
     assert pipeline.safety_checker is None and pipeline.unet.dtype == pipeline.vae.dtype == torch.float16
+    names = load_file(tmp_path / "export/text_encoder/model.safetensors")  # before transformers 5.6 others are not found
+    assert all(name.startswith("text_model.") for name in names)
+    own = denoiser.text_encoders["text_encoder"].half().state_dict()
+    assert all(torch.equal(value, own[name]) for name, value in pipeline.text_encoder.state_dict().items())
 
 
 @pytest.mark.parametrize(
@@ -160,7 +166,7 @@ def test_prompts_whose_end_no_text_encoder_sees_are_named_or_refused(make_config
         assert line.startswith("prompts: 1 of 3 have more tokens than the text encoders take, so that the model does not see")
         assert line.endswith(f"{cut[:120]!r}") and f"warning      {line}" in plan(make_config(**config))
         with pytest.raises(
-            UserError, match=r"^prompts.too_long: 1 of 3 have more tokens .*: shorten them, or set it to warn$"
+            UserError, match=r"^prompts.too_long: 1 of 3 have more tokens .*: shorten them, or set it to warn or chunk$"
         ):
             preflight(make_config(**{**config, "prompts": {**config["prompts"], "too_long": "error"}}))
     assert preflight(make_config()).cut == []
@@ -187,6 +193,16 @@ def test_each_part_is_read_from_the_files_that_it_has_and_a_line_says_so(tiny_sd
         assert all(value.equal(wanted.parts[part].state_dict()[name]) for name, value in module.state_dict().items())
     with pytest.raises(UserError, match=r"^model.variant: the \w+ of .* alone: set model.variant=fp16$"):
         preflight(make_config(model={"path": str(folder)}))
+
+
+@pytest.mark.parametrize("steps, factor", [(1, 501.1), (2, 55.3), (4, 23.7), (8, 13.6), (20, 7.6), (50, 4.5)])
+def test_few_steps_of_turbo_move_the_ratio_by_so_much(steps, factor):
+    """|b| / sigma as docs/models.md has it, and what it is at 4 steps without the last."""
+    turbo = {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "trailing", **SETTINGS}
+    table = transition_table(turbo, steps, 1.0, None, None, None)
+    ratios = table.b.abs() / table.sigma
+    assert round(ratios.max().item(), 1) == factor and ratios.argmax() == steps - 1
+    assert steps != 4 or round(ratios[:-1].max().item(), 1) == 3.4
 
 
 def test_evaluations_rescale_guidance_as_stock_does_and_training_refuses_it(make_config, tiny_sd):

@@ -472,7 +472,7 @@ def no_weights(monkeypatch):
         ({"eval": {"prompts": {"source": "none.txt"}}}, "eval.prompts.source: cannot read none.txt"),
         ({"rewards": [{"name": "shapes"}]}, "rewards.0.name: the shapes reward scores pictures of 64 x 64 pixels, these"),
         ({"eval": {"rewards": [{"name": "shapes"}]}}, "eval.rewards.0.name: the shapes reward scores pictures of 64 x 64"),
-        ({"model": {"path": "./nowhere"}}, "model.path: no folder ./nowhere"),
+        ({"model": {"path": "./nowhere"}}, "model.path: no folder or file ./nowhere"),
     ],
     ids=str,
 )

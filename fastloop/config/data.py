@@ -27,10 +27,10 @@ class PromptsConfig(Strict):
     limit: Positive | None = Field(
         None, description="at most so many prompts, from the start; null: all (of the shapes 400 a category)"
     )
-    too_long: Literal["warn", "error"] = Field(
+    too_long: Literal["warn", "error", "chunk"] = Field(
         "warn",
         description="what is done about prompts with more tokens than the text encoders take, whose rest the model does not "
-        "see and rewards do: a line at the start, or a refusal",
+        "see and rewards do: a line at the start, a refusal, or all texts of the run in as many chunks as the longest one has",
     )
 
 

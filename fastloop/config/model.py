@@ -82,6 +82,20 @@ class ModelConfig(Strict):
         description="keys of the scheduler's config that are other than in the model's files, such as "
         "`{prediction_type: v_prediction}`; exports of a whole pipeline have them",
     )
+    clip_skip: Positive | None = Field(
+        None,
+        description="last layers of CLIP that are skipped for prompts, not for the negative one, as stock's `clip_skip`: "
+        "A1111's number less 1; null: none",
+    )
+    prompt_chunks: Positive = Field(
+        1,
+        description="how many times 75 tokens of a prompt are seen, each chunk by itself; `prompts.too_long: chunk` raises it "
+        "to what the longest one has",
+    )
+    textual_inversion: dict[str, str] = Field(
+        {},
+        description="words of your own for prompts, each with its file of vectors: `{<cat-toy>: learned_embeds.safetensors}`",
+    )
     max_sequence_length: Annotated[int, Field(ge=1, le=512)] | None = Field(
         None,
         description="SD3 and FLUX only: tokens of T5 or Qwen3; shorter texts are padded, which changes the picture; null"

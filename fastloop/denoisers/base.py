@@ -19,10 +19,10 @@ from fastloop.config import ModelConfig, SamplingConfig
 from fastloop.denoisers.adapters import Adapters
 from fastloop.denoisers.export import Export
 from fastloop.denoisers.files import read_json, read_part_config, small_files
-from fastloop.denoisers.parts import DTYPES, build_part, maker, random_part, read_part, read_tokenizer
+from fastloop.denoisers.parts import DTYPES, build_part, maker, random_part, read_part
 from fastloop.denoisers.quantised import quantise_parts
 from fastloop.denoisers.residence import Residence
-from fastloop.denoisers.texts import TextEncoding
+from fastloop.denoisers.texts import Text, TextEncoding
 from fastloop.denoisers.weights import file_notes
 from fastloop.errors import RunFailed, UserError
 from fastloop.observer import UNOBSERVED
@@ -52,6 +52,7 @@ class Denoiser(TextEncoding, Adapters, Residence, Export):
     sequence_length: int | None = None  # the pipeline's default of ``model.max_sequence_length``, where it has one
     lora_targets = ["to_q", "to_k", "to_v", "to_out.0"]  # modules of the network that adapters are for
     text_targets: list[str] | None = ["q_proj", "k_proj", "v_proj", "out_proj"]  # and of text encoders, CLIP's attention
+    chunks_texts = False  # whether `embed` takes several chunks of a text, and layers to skip
     encodes_pictures = True  # by `encode_picture`
     caution: str | None = None  # what `plan` and a run's start say against training this model, in one line
     absent_is_zero = False  # whether an absent negative prompt is zeros, not the embedding of an empty text
@@ -71,7 +72,7 @@ class Denoiser(TextEncoding, Adapters, Residence, Export):
         self.tokenizers, self.text_encoders, self.vae, self.network = tokenizers, text_encoders, vae, network
         self.scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
         self.forward: Callable[..., Any] | None = None  # an engine's own way to call the network
-        self._embeddings: dict[str | None, tuple[torch.Tensor, ...]] = {}
+        self._embeddings: dict[Text, tuple[torch.Tensor, ...]] = {}
         self.compiled = False
         self.observer = UNOBSERVED
         for module in self.parts.values():
@@ -128,6 +129,9 @@ class Denoiser(TextEncoding, Adapters, Residence, Export):
         """Raise ``UserError`` for settings that are not for this model, by its configs."""
         if sampling.guidance_rescale is not None and not cls.rescales_guidance:
             raise UserError(f"sampling.guidance_rescale: {path} is a flow, whose pipeline has none: leave it out")
+        for key, plain in (("clip_skip", None), ("prompt_chunks", 1)):
+            if getattr(config, key) != plain and not cls.chunks_texts:
+                raise UserError(f"model.{key}: only the text encoders of Stable Diffusion 1.x, 2.x and XL: leave it out")
         if sampling.embedded_guidance is not None:
             raise UserError(
                 f"sampling.embedded_guidance: {path} is not told of a guidance, only FLUX.1 dev is: leave it out "
@@ -147,7 +151,10 @@ class Denoiser(TextEncoding, Adapters, Residence, Export):
             raise UserError(f"model.attention: {backend} is not for this model: set it to sdpa")
 
     def embed(self, ids: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        """Embed one text, of its ids for each text encoder, int64 (1, L): tensors without a batch dimension."""
+        """Embed one text, of its ids for each text encoder, int64 (1, L): tensors without a batch dimension.
+
+        Where ``chunks_texts``: of (chunks, L), and with ``skip``, how many of the last layers are skipped.
+        """
         raise NotImplementedError
 
     def blank_embedding(self) -> tuple[torch.Tensor, ...]:
@@ -189,10 +196,7 @@ class Denoiser(TextEncoding, Adapters, Residence, Export):
         text_encoders = {
             name: get(name, kind, path, config, dtype, first) for name, kind in cls.encoders_of(path, config).items()
         }
-        tokenizers = {
-            name.replace("text_encoder", "tokenizer"): read_tokenizer(name, path, config, encoder.config)
-            for name, encoder in text_encoders.items()
-        }
+        tokenizers = cls.read_tokenizers(path, config, text_encoders)
         vae = get("vae", cls.vae_class, path, config, torch.float32, device)
         vae.to(cls.vae_dtype(config, vae))
         # a full fine-tune trains the weights of the file, not their rounding

@@ -11,7 +11,8 @@ import diffusers
 import torch
 from diffusers.utils import logging as diffusers_logging
 from peft.utils import get_peft_model_state_dict
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from transformers import CLIPTextModel
 
 from fastloop.denoisers.adapters import ADAPTER
 from fastloop.denoisers.files import read_json, read_scheduler, small_files
@@ -41,8 +42,9 @@ class Export:
             self._export_kohya(folder, DTYPES[dtype])
         else:
             self._export_adapters(folder, DTYPES[dtype])
-        if self.max_sequence_length is not None:
-            (folder / "call.json").write_text(json.dumps({"max_sequence_length": self.max_sequence_length}))
+        call = {"max_sequence_length": self.max_sequence_length, "clip_skip": self.config.clip_skip}
+        if call := {key: value for key, value in call.items() if value is not None}:
+            (folder / "call.json").write_text(json.dumps(call))
 
     def _adapters(self, to: torch.dtype) -> dict[str, dict[str, torch.Tensor]]:
         """The adapters of each part in peft's names, scaled so that alpha is the rank: old readers take no other."""
@@ -85,12 +87,15 @@ class Export:
         with holding(parameters, {name: p.detach().to(to) for name, p in parameters.items()}):
             if self.config.random_init:
                 self._random_pipeline().save_pretrained(folder)
+                for name, encoder in self.text_encoders.items():
+                    _name_as_before(encoder, folder / name)
                 return
             self.network.save_pretrained(folder / self.network_name)
         for name, kind in {**self.encoders_of(self.path, self.config), "vae": self.vae_class}.items():
             part = read_part(name, kind, self.path, self.config, to, torch.device("cpu"))
             self.fuse_into({name: part}, self.config, self.network)
             part.save_pretrained(folder / name)
+            _name_as_before(part, folder / name)
         small = small_files(self.path, self.config)
         for name in ("scheduler", *self.tokenizers):
             shutil.copytree(small / name, folder / name)  # as they are: what any version of the libraries reads
@@ -114,3 +119,18 @@ class Export:
         values = read_scheduler(self.path, self.config)
         scheduler = getattr(diffusers, values["_class_name"]).from_config(values)
         return self.pipeline_class(**self.parts, **self.tokenizers, scheduler=scheduler, **self.absent)
+
+
+def _name_as_before(part: torch.nn.Module, folder: Path) -> None:
+    """Puts the level ``text_model.`` above the weights of a CLIP text model, as all published ones have it.
+
+    transformers has taken that level away, and reads both; before, it takes random weights for those without.
+    """
+    if not isinstance(part, CLIPTextModel) or hasattr(part, "text_model"):
+        return
+    for file in folder.glob("*.safetensors"):
+        save_file({f"text_model.{name}": value for name, value in load_file(file).items()}, file, {"format": "pt"})
+    for file in folder.glob("*.safetensors.index.json"):  # of a model in several files
+        index = json.loads(file.read_text())
+        index["weight_map"] = {f"text_model.{name}": where for name, where in index["weight_map"].items()}
+        file.write_text(json.dumps(index, indent=2) + "\n")

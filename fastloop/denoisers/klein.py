@@ -99,7 +99,7 @@ class Klein(TransformerDenoiser):
         """Channels of the latents."""
         return self.network.config.in_channels
 
-    def _embedding(self, text: str | None) -> tuple[torch.Tensor]:
+    def _embedding(self, text: str | None, skip: int) -> tuple[torch.Tensor]:
         """By the pipeline's own code, which writes the text into the language model's dialogue and masks the padding."""
         (encoder,), (tokenizer,) = self.text_encoders.values(), self.tokenizers.values()
         length = self.max_sequence_length

@@ -62,14 +62,19 @@ class StableDiffusion(UNetDenoiser):
         early = (f"early files: {', '.join(changed)}, as stock's pipeline takes them",) if changed else ()
         return super().notes + early
 
-    def embed(self, ids: list[torch.Tensor]) -> tuple[torch.Tensor]:
-        """Return the last hidden states of one text, in a tuple of one: (L, C)."""
-        return (self.text_encoders["text_encoder"](ids[0])[0][0],)
+    def embed(self, ids: list[torch.Tensor], skip: int = 0) -> tuple[torch.Tensor]:
+        """Return the last hidden states of one text, in a tuple of one: (L, C), of its chunks one after the other."""
+        encoder = self.text_encoders["text_encoder"]
+        if not skip:
+            return (encoder(ids[0])[0].flatten(0, 1),)
+        hidden = encoder(ids[0], output_hidden_states=True).hidden_states[-1 - skip]
+        norm = getattr(encoder, "text_model", encoder).final_layer_norm  # as in stock
+        return (norm(hidden).flatten(0, 1),)
 
     def blank_embedding(self) -> tuple[torch.Tensor]:
         """Return an empty embedding, in a tuple of one: (L, C) in ``model.dtype``."""
         config = self.text_encoders["text_encoder"].config
-        size = config.max_position_embeddings, config.hidden_size
+        size = self.config.prompt_chunks * config.max_position_embeddings, config.hidden_size
         return (torch.empty(size, dtype=DTYPES[self.config.dtype], device=self.device),)
 
     def condition(self, embeddings: list[tuple[torch.Tensor]], sampling: SamplingConfig) -> torch.Tensor:

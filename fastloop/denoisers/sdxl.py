@@ -77,20 +77,24 @@ class StableDiffusionXL(UNetDenoiser):
         """As the pipeline's ``force_zeros_for_empty_prompt``."""
         return read_json(self.path, self.config, "model_index.json").get("force_zeros_for_empty_prompt", True)
 
-    def embed(self, ids: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the last but one hidden states of both encoders, (L, C), and the second's projection of the text, (P,)."""
+    def embed(self, ids: list[torch.Tensor], skip: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the last but one hidden states of both encoders, (L, C), and the second's projection of the text, (P,).
+
+        The hidden states are of a text's chunks one after the other, the projection is of its first one.
+        """
         outputs = [
             encoder(of_encoder, output_hidden_states=True)
             for of_encoder, encoder in zip(ids, self.text_encoders.values(), strict=True)
         ]
-        return torch.cat([output.hidden_states[-2][0] for output in outputs], -1), outputs[1].text_embeds[0]
+        hidden = [output.hidden_states[-2 - skip].flatten(0, 1) for output in outputs]
+        return torch.cat(hidden, -1), outputs[1].text_embeds[0]
 
     def blank_embedding(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return an empty embedding, (L, C) and (P,), in ``model.dtype``."""
         first, second = (encoder.config for encoder in self.text_encoders.values())
         like = {"dtype": DTYPES[self.config.dtype], "device": self.device}
-        width = first.hidden_size + second.hidden_size
-        return torch.empty(first.max_position_embeddings, width, **like), torch.empty(second.projection_dim, **like)
+        length, width = self.config.prompt_chunks * first.max_position_embeddings, first.hidden_size + second.hidden_size
+        return torch.empty(length, width, **like), torch.empty(second.projection_dim, **like)
 
     def idle_modules(self, part: str) -> str | None:
         """Name the last layer of the first text encoder: the one before is taken, and no projection of the whole text."""

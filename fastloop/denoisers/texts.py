@@ -5,11 +5,16 @@ from __future__ import annotations
 from contextlib import nullcontext
 
 import torch
+from diffusers.loaders import TextualInversionLoaderMixin
 from transformers import PreTrainedTokenizerBase
 
-from fastloop.config import SamplingConfig
+from fastloop.config import ModelConfig, SamplingConfig
+from fastloop.denoisers.parts import read_tokenizer
 from fastloop.denoisers.residence import upload
+from fastloop.denoisers.textual_inversion import add_words
 
+ENDS = 2  # tokens that CLIP's tokenizer puts around a text
+Text = tuple[str | None, int]  # a prompt, or none, and the last layers of the text encoder that are skipped
 CACHE_BYTES = 8 * 2**30  # of embeddings that are kept, in the host's memory
 
 
@@ -31,8 +36,9 @@ class TextEncoding:
         The text encoders' vector of the whole text where the family has one, else the mean of the tokens' vectors.
         """
         with self.observer.phase("encode"):
-            found = self._embedded(prompts)
-        return torch.stack([_whole(found[prompt]) for prompt in prompts])
+            texts = [(prompt, self.config.clip_skip or 0) for prompt in prompts]
+            found = self._embedded(texts)
+        return torch.stack([_whole(found[text]) for text in texts])
 
     @property
     def feature_size(self) -> int:
@@ -45,14 +51,16 @@ class TextEncoding:
         return any(tensor.dim() == 1 for tensor in self.blank_embedding())
 
     def _encode(self, prompts: list[str], sampling: SamplingConfig):
-        texts = [*prompts, sampling.negative_prompt or None] if sampling.guidance_scale != 1 else prompts
+        negative = sampling.negative_prompt or None
+        skip = self.config.clip_skip or 0  # of the negative prompt no layer is skipped, as in stock
+        texts = [(prompt, skip) for prompt in prompts] + ([(negative, 0)] if sampling.guidance_scale != 1 else [])
         found = self._embedded(texts)
-        cond = self.condition([found[prompt] for prompt in prompts], sampling)
+        cond = self.condition([found[text] for text in texts[: len(prompts)]], sampling)
         if len(texts) == len(prompts):
             return cond, None
         return cond, self.condition([found[texts[-1]]] * len(prompts), sampling)
 
-    def _embedded(self, texts: list[str | None]) -> dict[str | None, tuple[torch.Tensor, ...]]:
+    def _embedded(self, texts: list[Text]) -> dict[Text, tuple[torch.Tensor, ...]]:
         """The embeddings of texts, on the device."""
         distinct = dict.fromkeys(texts)
         known = self._embeddings  # of trained text encoders none
@@ -62,13 +70,13 @@ class TextEncoding:
         if len(found) < len(distinct):
             with self._present(*self.text_encoders.values()), nullcontext() if self.trains_text else torch.no_grad():
                 # One text at a time: the result must not depend on which prompts came along.
-                new = {text: self._embedding(text) for text in distinct if text not in found}
+                new = {(text, skip): self._embedding(text, skip) for text, skip in distinct if (text, skip) not in found}
             found |= new
             if not self.trains_text:
                 self._keep(new)
         return found
 
-    def _keep(self, new: dict[str | None, tuple[torch.Tensor, ...]]) -> None:
+    def _keep(self, new: dict[Text, tuple[torch.Tensor, ...]]) -> None:
         """Keeps embeddings in the host's memory, as many as there is room for; those used last stay."""
         for text, embedding in new.items():
             self._embeddings[text] = tuple(t.cpu() for t in embedding) if self.device.type == "cuda" else embedding
@@ -76,31 +84,78 @@ class TextEncoding:
         while len(self._embeddings) > most:
             del self._embeddings[next(iter(self._embeddings))]
 
-    def _embedding(self, text: str | None) -> tuple[torch.Tensor, ...]:
+    def _embedding(self, text: str | None, skip: int) -> tuple[torch.Tensor, ...]:
         """Of one text; ``None`` is the absent negative prompt."""
         if text is None and self.absent_is_zero:
             return tuple(torch.zeros_like(tensor) for tensor in self.blank_embedding())
-        return self.embed([self.tokens(name, text or "") for name in self.tokenizers])
+        ids = [self.tokens(name, text or "") for name in self.tokenizers]
+        return self.embed(ids, skip=skip) if skip else self.embed(ids)
+
+    @classmethod
+    def read_tokenizers(
+        cls, path: str, config: ModelConfig, text_encoders: dict[str, torch.nn.Module]
+    ) -> dict[str, PreTrainedTokenizerBase]:
+        """Read the tokenizers of text encoders, by part, and add the words of ``model.textual_inversion`` to both.
+
+        Raises:
+            UserError: one cannot be read, or a word does not fit.
+        """
+        tokenizers = {
+            name.replace("text_encoder", "tokenizer"): read_tokenizer(name, path, config, encoder.config)
+            for name, encoder in text_encoders.items()
+        }
+        add_words(config.textual_inversion, tokenizers, text_encoders)
+        return tokenizers
 
     def cut(self, prompts: list[str], tokenizers: dict[str, PreTrainedTokenizerBase]) -> list[str]:
         """Return the prompts of which no text encoder sees the end; ``tokenizers`` by part, as in a pipeline."""
         whole = set()
         for name, tokenizer in tokenizers.items():
-            length = min(tokenizer.model_max_length, self.text_length(name.replace("tokenizer", "text_encoder")))
-            found = tokenizer(prompts, verbose=False).input_ids  # it would warn of each that is longer
-            whole |= {prompt for prompt, ids in zip(prompts, found, strict=True) if len(ids) <= length}
+            most = self.config.prompt_chunks * (self._length(name, tokenizer) - ENDS) + ENDS
+            found = self._ids(tokenizer, prompts)
+            whole |= {prompt for prompt, ids in zip(prompts, found, strict=True) if len(ids) <= most}
         return [prompt for prompt in prompts if prompt not in whole]
+
+    def chunks(self, texts: list[str], tokenizers: dict[str, PreTrainedTokenizerBase]) -> int:
+        """Return how many chunks the longest text has, each of as many tokens as a text encoder takes."""
+        return max(
+            -(-(len(ids) - ENDS) // (self._length(name, tokenizer) - ENDS)) or 1
+            for name, tokenizer in tokenizers.items()
+            for ids in self._ids(tokenizer, texts)
+        )
 
     def text_length(self, encoder: str) -> int:
         """Return the tokens that a text encoder takes."""
         return self.text_encoders[encoder].config.max_position_embeddings
 
     def tokens(self, name: str, text: str) -> torch.Tensor:
-        """Return the ids that a tokenizer makes of a text, int64 (1, L), padded or cut to what its text encoder takes."""
+        """Return the ids that a tokenizer makes of a text, int64 (chunks, L), padded or cut to what its text encoder takes.
+
+        Of ``model.prompt_chunks`` chunks each has a first and a last token of its own.
+        """
         tokenizer = self.tokenizers[name]
-        length = min(tokenizer.model_max_length, self.text_length(name.replace("tokenizer", "text_encoder")))
-        ids = tokenizer(text, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
-        return upload(ids, self.device)
+        length = self._length(name, tokenizer)
+        if self.config.prompt_chunks == 1:
+            told = {"padding": "max_length", "max_length": length, "truncation": True, "return_tensors": "pt"}
+            return upload(tokenizer(self._rewritten(tokenizer, text), **told).input_ids, self.device)
+        first, *ids, last = self._ids(tokenizer, [text])[0]
+        rows = [ids[i * (length - ENDS) : (i + 1) * (length - ENDS)] for i in range(self.config.prompt_chunks)]
+        rows = [[first, *row, last] + [tokenizer.pad_token_id] * (length - ENDS - len(row)) for row in rows]
+        return upload(torch.tensor(rows), self.device)
+
+    def _length(self, name: str, tokenizer: PreTrainedTokenizerBase) -> int:
+        return min(tokenizer.model_max_length, self.text_length(name.replace("tokenizer", "text_encoder")))
+
+    def _ids(self, tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+        rewritten = [self._rewritten(tokenizer, text) for text in texts]
+        return tokenizer(rewritten, verbose=False).input_ids  # it would warn of each that is longer
+
+    def _rewritten(self, tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+        """A text with the n tokens of a word that has n vectors, as stock's pipelines write it."""
+        added = tokenizer.added_tokens_encoder
+        if not issubclass(self.pipeline_class, TextualInversionLoaderMixin) or not any(f"{word}_1" in added for word in added):
+            return text
+        return TextualInversionLoaderMixin().maybe_convert_prompt(text, tokenizer)
 
 
 def _whole(embedding: tuple[torch.Tensor, ...]) -> torch.Tensor:

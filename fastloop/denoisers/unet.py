@@ -10,7 +10,9 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor2_0
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from fastloop.config import ModelConfig, SamplingConfig
 from fastloop.denoisers.base import Denoiser
+from fastloop.denoisers.files import read_part_config
 from fastloop.errors import UserError
 
 
@@ -28,7 +30,17 @@ class UNetDenoiser(Denoiser):
     network_class = UNet2DConditionModel
     network_name = "unet"
     rescales_guidance = True
+    chunks_texts = True
     known_embeddings: dict[str, Any] = {"addition_embed_type": None}  # what the UNet is told beside timestep and text
+
+    @classmethod
+    def check_settings(cls, path: str, config: ModelConfig, sampling: SamplingConfig) -> None:
+        """Raise ``UserError`` as `Denoiser` does, and for more layers to skip than text encoders have."""
+        super().check_settings(path, config, sampling)
+        if config.clip_skip is not None:
+            layers = min(read_part_config(name, path, config)["num_hidden_layers"] for name in cls.text_classes)
+            if config.clip_skip > layers - 2:
+                raise UserError(f"model.clip_skip: {config.clip_skip} of {layers} layers: at most {layers - 2} can be skipped")
 
     @classmethod
     def refuse_other_unets(cls, path: str, network) -> None:

@@ -221,7 +221,8 @@ def inputs(denoiser: Denoiser, sampling: SamplingConfig, batch: int) -> tuple:
     embeddings, absent = [blank] * batch, blank
     if denoiser.trains_text:
         lengths = map(denoiser.text_length, denoiser.text_encoders)
-        ids = [torch.zeros(1, length, dtype=torch.int64, device=denoiser.device) for length in lengths]
+        chunks = denoiser.config.prompt_chunks
+        ids = [torch.zeros(chunks, length, dtype=torch.int64, device=denoiser.device) for length in lengths]
         embeddings = [denoiser.embed(ids) for _ in range(batch)]
         zeros = denoiser.absent_is_zero and not sampling.negative_prompt
         absent = blank if zeros or sampling.guidance_scale == 1 else denoiser.embed(ids)

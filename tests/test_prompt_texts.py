@@ -1,0 +1,172 @@
+"""How prompts become embeddings where people want it otherwise: layers skipped, long prompts in chunks, words of their own."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from known_traces import trace_nothing
+from safetensors.torch import save_file
+
+from fastloop.config import ModelConfig, SamplingConfig
+from fastloop.denoisers import load_denoiser
+from fastloop.errors import UserError
+from fastloop.plan import plan
+from fastloop.preflight import preflight
+from fastloop.rollout import sampler_table
+from fastloop.trainer import Trainer
+
+CPU = torch.device("cpu")
+GUIDED = SamplingConfig(guidance_scale=3, negative_prompt="a blue square")
+PIPELINES = {"tiny_sd": StableDiffusionPipeline, "tiny_sdxl": StableDiffusionXLPipeline}
+
+
+def text_of(cond) -> torch.Tensor:
+    return getattr(cond, "text", cond)
+
+
+@pytest.fixture
+def deep(tmp_path) -> dict[str, str]:
+    """Models whose text encoders have layers to skip."""
+    from tiny_pipelines import make_sd, make_sdxl
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+    found = {"tiny_sd": make_sd(tmp_path / "sd"), "tiny_sdxl": make_sdxl(tmp_path / "xl")}
+    for path in found.values():
+        for name, kind in (("text_encoder", CLIPTextModel), ("text_encoder_2", CLIPTextModelWithProjection)):
+            if (Path(path) / name).exists():
+                config = kind.config_class.from_pretrained(Path(path) / name)
+                config.num_hidden_layers = 4
+                torch.manual_seed(2)
+                kind(config).save_pretrained(Path(path) / name)
+    return found
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_layers_are_skipped_for_prompts_as_stock_does_and_the_export_says_so(deep, tmp_path, name):
+    stock = PIPELINES[name].from_pretrained(deep[name])
+    if not hasattr(stock.text_encoder, "text_model"):  # where transformers has taken that level away, stock's code fails
+        object.__setattr__(stock.text_encoder, "text_model", stock.text_encoder)
+    told = {"device": CPU, "num_images_per_prompt": 1, "do_classifier_free_guidance": True, "negative_prompt": "a blue square"}
+    for skip in (1, 2):
+        denoiser = load_denoiser(ModelConfig(path=deep[name], clip_skip=skip), CPU)
+        with torch.no_grad():
+            theirs = stock.encode_prompt("a red circle", **told, clip_skip=skip)
+        for ours, of_stock in zip(denoiser.encode(["a red circle"], GUIDED), theirs, strict=False):
+            assert torch.allclose(text_of(ours), of_stock, atol=1e-6)
+        same, negative = denoiser.encode(["a blue square"], GUIDED)  # one text in both places
+        assert not torch.allclose(text_of(same), text_of(negative), atol=1e-3)
+    denoiser.train_adapter(gradient_checkpointing=False, seed=0)
+    denoiser.export(tmp_path / "export")
+    assert json.loads((tmp_path / "export/call.json").read_text()) == {"clip_skip": 2}
+    with pytest.raises(UserError, match="^model.clip_skip: 3 of 4 layers: at most 2 can be skipped$"):
+        sampler_table(ModelConfig(path=deep[name], clip_skip=3), SamplingConfig())
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_a_long_prompt_is_encoded_in_chunks_whose_number_the_run_decides(request, make_config, tmp_path, monkeypatch, name):
+    """75 tokens at a time in real text encoders, 14 here; each chunk by itself, short prompts filled up with empty ones."""
+    trace_nothing(monkeypatch)
+    path = request.getfixturevalue(name)
+    plain = load_denoiser(ModelConfig(path=path), CPU)
+    words = plain.tokenizers["tokenizer"].model_max_length - 2
+    first, second, third = (" ".join([word] * words) for word in ("red", "circle", "blue"))
+    (tmp_path / "prompts.txt").write_text(f"{first} {second} {third}\na red circle\n")
+    long = {"source": str(tmp_path / "prompts.txt"), "too_long": "chunk"}
+    config = make_config(model={"path": path}, prompts=long, eval={"prompts": {"source": "animals", "limit": 1}})
+    checked = preflight(config)
+    assert checked.config.model.prompt_chunks == 3 and checked.cut == [] and "warning" not in plan(config)
+    denoiser = load_denoiser(checked.config.model, CPU)
+    sampling = SamplingConfig(guidance_scale=3)
+    conds, unconds = denoiser.encode([f"{first} {second} {third}", "a red circle"], sampling)
+    alone = [text_of(plain.encode([text], sampling)[0])[0] for text in (first, second, third, "a red circle", "")]
+    assert torch.allclose(text_of(conds)[0], torch.cat(alone[:3]), atol=1e-6)
+    assert torch.allclose(text_of(conds)[1], torch.cat([alone[3], alone[4], alone[4]]), atol=1e-6)
+    assert text_of(unconds).shape == text_of(conds).shape
+    if name == "tiny_sdxl":
+        pooled = plain.encode([first, "a red circle"], sampling)[0].pooled
+        assert torch.allclose(conds.pooled, pooled, atol=1e-6)  # of the first chunk
+    assert [tensor.shape for tensor in denoiser.blank_embedding()] == [
+        t.shape for t in denoiser._embeddings["a red circle", 0]
+    ]
+
+
+def test_a_run_in_chunks_trains_says_so_in_its_config_and_resumes(make_config, tiny_sd, tmp_path):
+    (tmp_path / "prompts.txt").write_text(" ".join(["red"] * 20) + "\na red circle\n")
+    long = {"source": str(tmp_path / "prompts.txt"), "too_long": "chunk"}
+    few = {"every": 9, "images_per_prompt": 1, "grid": 1, "prompts": {"limit": 1}}
+    values = {"model": {"path": tiny_sd, "lora": {"text_encoders": True}}, "prompts": long, "eval": few}
+    values |= {"sampling": {"guidance_scale": 2, "steps": 2}, "output_dir": str(tmp_path / "run")}
+    Trainer(make_config(**values, iterations=1), leave_out=("report", "export")).train()
+    assert "prompt_chunks: 2" in (tmp_path / "run/config.yaml").read_text()
+    Trainer(make_config(**values, iterations=2), resume=True, leave_out=("report", "export")).train()
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [row["iteration"] for row in rows if "reward/mean" in row] == [1, 2]
+
+
+def test_chunks_and_skipped_layers_are_for_stable_diffusions_text_encoders(make_config, tiny_sd3, tiny_sd):
+    for changes, says in (
+        (
+            {"model": {"path": tiny_sd3}, "prompts": {"too_long": "chunk"}},
+            "prompts.too_long: chunk is for Stable Diffusion 1.x",
+        ),
+        ({"model": {"path": tiny_sd3, "clip_skip": 1}}, "model.clip_skip: only the text encoders of Stable Diffusion 1.x"),
+        ({"model": {"path": tiny_sd3, "prompt_chunks": 2}}, "model.prompt_chunks: only the text encoders of Stable Diffusion"),
+    ):
+        with pytest.raises(UserError, match=f"^{re.escape(says)}"):
+            preflight(make_config(**changes))
+    with pytest.raises(UserError, match="model.clip_skip: layers that are skipped would have adapters"):
+        make_config(model={"path": tiny_sd, "clip_skip": 1, "lora": {"text_encoders": True}})
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_words_of_ones_own_are_those_that_stock_loads_with_all_of_their_vectors(request, tmp_path, make_config, name):
+    """Three vectors are three tokens; a pipeline that was saved with them has them as well."""
+    path = request.getfixturevalue(name)
+    torch.manual_seed(3)
+    vectors, one = (
+        {"clip_l": torch.randn(3, 16), "clip_g": torch.randn(3, 24)},
+        {"clip_l": torch.randn(16), "clip_g": torch.randn(24)},
+    )
+    widths = ("clip_l", "clip_g") if name == "tiny_sdxl" else ("clip_l",)
+    save_file({key: vectors[key] for key in widths}, tmp_path / "three.safetensors")
+    torch.save({"string_to_param": {"*": vectors["clip_l"]}, "name": "x"}, tmp_path / "a1111.pt")
+    (tmp_path / "folder").mkdir()
+    save_file({key: one[key] for key in widths}, tmp_path / "folder/learned_embeds.safetensors")
+    words = {"<three>": str(tmp_path / "three.safetensors"), "<one>": str(tmp_path / "folder")}
+    stock = PIPELINES[name].from_pretrained(path)
+    for key, encoder, tokenizer in (("clip_l", "text_encoder", "tokenizer"), ("clip_g", "text_encoder_2", "tokenizer_2")):
+        if key in widths:
+            of = {"text_encoder": getattr(stock, encoder), "tokenizer": getattr(stock, tokenizer)}
+            stock.load_textual_inversion({"<three>": vectors[key]}, **of)
+            stock.load_textual_inversion({"<one>": one[key]}, **of)
+    stock.save_pretrained(tmp_path / "saved")
+    text = "a <three> beside a <one>"
+    told = {"device": CPU, "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
+    with torch.no_grad():
+        expected = stock.encode_prompt(text, **told)[0]
+    for model in (ModelConfig(path=path, textual_inversion=words), ModelConfig(path=str(tmp_path / "saved"))):
+        denoiser = load_denoiser(model, CPU)
+        ours = text_of(denoiser.encode([text], SamplingConfig(guidance_scale=1))[0])
+        assert torch.allclose(ours, expected, atol=1e-6)
+        assert len(denoiser._ids(denoiser.tokenizers["tokenizer"], ["<three>"])[0]) == 3 + 2
+    if name == "tiny_sd":
+        old = load_denoiser(ModelConfig(path=path, textual_inversion={"<three>": str(tmp_path / "a1111.pt")}), CPU)
+        new = load_denoiser(ModelConfig(path=path, textual_inversion={"<three>": words["<three>"]}), CPU)
+        both = [text_of(d.encode(["<three>"], SamplingConfig(guidance_scale=1))[0]) for d in (old, new)]
+        assert torch.equal(*both)
+    save_file({"a": torch.zeros(1, 5)}, tmp_path / "wide.safetensors")
+    save_file({"a": torch.zeros(1, 5, dtype=torch.int64)}, tmp_path / "none.safetensors")
+    for word, file, says in (
+        ("<a>", "wide.safetensors", "has vectors of 5 numbers and the text_encoder 16: it is of another model"),
+        ("<a>", "none.safetensors", "holds no vectors: give a file of textual inversion"),
+        ("<a>", "gone.pt", "no file"),
+        ("red</w>", "three.safetensors", "the tokenizer knows the word 'red</w>' already: choose another"),
+    ):
+        with pytest.raises(UserError) as caught:
+            preflight(make_config(model={"path": path, "textual_inversion": {word: str(tmp_path / file)}}))
+        assert str(caught.value).startswith(f"model.textual_inversion.{word}: ") and says in str(caught.value)
