@@ -181,7 +181,7 @@ def test_an_updates_micro_batches_do_not_wait_for_the_device(make_config, place,
         ids=torch.arange(n, device=META),
         images=np.zeros(n),
     )
-    denoiser._embeddings = {text: denoiser.blank_embedding() for text in ("a cat", None)}
+    denoiser._embeddings = {(text, 0): denoiser.blank_embedding() for text in ("a cat", None)}
     text = Texts(denoiser, trajectories.prompts, config.sampling)
     order = shuffled(np.random.default_rng(0), update.rows, 1.0)
     batches = micro_batches(order, update.rows, trainer.ranks, n, trainer.batches.update)
