@@ -94,6 +94,7 @@ def test_adapters_of_every_format_are_those_that_stock_loads_trained_on_and_fuse
         fused = load_denoiser(ModelConfig(path=path, lora={"path": str(file), "fuse": True}), CPU)
         fused.train_adapter(gradient_checkpointing=False, seed=1)
         assert torch.allclose(outputs(fused), expected, atol=1e-5), name
+        assert [d.notes[-1].split(", ")[1] for d in (continued, fused)] == ["trained on", "fused into the weights"]
         with fused.reference():
             assert torch.allclose(outputs(fused), expected, atol=1e-5)
 

@@ -223,6 +223,7 @@ def test_a_vae_from_elsewhere_decodes_and_is_exported(tiny_files, tmp_path):
     denoiser = load_denoiser(
         ModelConfig(path=str(model), vae={"path": str(tmp_path / "bare.safetensors")}, adapter="full"), CPU
     )
+    assert denoiser.notes[-1] == f"the VAE is that of {tmp_path / 'bare.safetensors'}"
     denoiser.export(tmp_path / "export")
     exported = AutoencoderKL.from_pretrained(tmp_path / "export", subfolder="vae").state_dict()
     assert all(torch.equal(value, exported[key]) for key, value in vae.state_dict().items())

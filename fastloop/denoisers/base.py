@@ -93,7 +93,12 @@ class Denoiser(TextEncoding, Adapters, Residence, Export):
         """What is taken otherwise than the model's files say, a line each."""
         found, own = read_json(self.path, self.config, "model_index.json")["_class_name"], self.pipeline_class.__name__
         files = () if self.config.random_init else file_notes(list(self.parts), self.path, self.config)
-        return files if found == own else (f"a {found}, opened as the {own} of its parts", *files)
+        other = () if found == own else (f"a {found}, opened as the {own} of its parts",)
+        vae, lora = self.config.vae.path, self.config.lora
+        given = () if vae is None else (f"the VAE is that of {vae}",)
+        if lora.path is not None:
+            given += (f"adapters of {lora.path}, {'fused into the weights' if lora.fuse else 'trained on'}",)
+        return (*other, *files, *given)
 
     @property
     def max_sequence_length(self) -> int | None:
