@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import numpy as np
 import pytest
 
+from fastloop.alarms import Alarms
 from fastloop.metrics import held_out_falling, image_statistics, reward_metrics
 from fastloop.prompts import Prompt
 from fastloop.rewards.scoring import Scores
@@ -145,3 +147,25 @@ def test_the_training_reward_is_the_weighted_sum_of_its_terms_before_normalisati
     assert held_out_falling(rows, evals, {"a": 1.0, "b": 3.0}, errors=2.0) == ["watched"]
     assert held_out_falling(rows, evals, {"a": -1.0, "b": 3.0}, errors=2.0) == []
     assert held_out_falling(rows, evals, {"a": 1.0}, errors=20.0) == []
+
+
+def test_denoising_its_own_pictures_worse_and_worse_raises_the_alarm_and_resuming_keeps_it(make_config, tmp_path):
+    """1.5 times the first 20 iterations, over the last 20; rows without a denoising error do not count."""
+
+    def row(error: float) -> dict[str, float]:
+        both = {"policy/denoising_loss_better": error, "policy/denoising_loss_worse": error + 0.2}
+        return {"reward/group_std": 1.0, "image/entropy": 5.0, "image/saturation": 0.0, **both}
+
+    alarms, errors = Alarms(make_config(algorithm="loop_fast")), [0.9] * 40 + [1.6] * 20
+    fired = ["denoising" in alarms.of(row(error)) for error in errors]
+    # of the last 20 n are 1.7 and the others 1.0, means of both; the sum passes 30 with n = 15
+    assert fired.index(True) == 40 + 14 and all(fired[54:])
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row(error)) + "\n" for error in errors))
+    resumed = Alarms(make_config(algorithm="loop_fast"))
+    resumed.look_at(tmp_path)
+    assert "denoising" in resumed.of(row(1.6)) and "denoising" not in Alarms(make_config()).of(row(9.0))
+    off = Alarms(make_config(algorithm="loop_fast", safety={"max_denoising_growth": None}))
+    off.look_at(tmp_path)
+    assert "denoising" not in off.of(row(9.0))
+    resumed.of({key: value for key, value in row(0).items() if "denoising" not in key})
+    assert len(resumed._errors) == 61

@@ -144,6 +144,11 @@ class SafetyConfig(Strict):
     max_image_saturation: Fraction = Field(
         0.9, description="alarm when `image/saturation`, the share of pixel values at 0 or 255, is above this"
     )
+    max_denoising_growth: Annotated[float, Field(gt=1)] | None = Field(
+        1.5,
+        description="`forward_process`: alarm when the denoising error of a run's own pictures, over 20 iterations, is so "
+        "many times that of its first 20; null: off",
+    )
     held_out_errors: Annotated[float, Field(gt=0)] | None = Field(
         2.0,
         description="alarm when a held-out reward falls by so many standard errors while the training reward rises; null: off",
