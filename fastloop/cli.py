@@ -194,6 +194,8 @@ def _sample(args: argparse.Namespace) -> int:
     _probe("--out", args.out, make=True)
     prompts = [prompt for prompt in args.prompt for _ in range(args.images)]
     denoiser = load()
+    for prompt in denoiser.cut(args.prompt, denoiser.tokenizers):
+        print(f"warning: the text encoders do not see the end of {one_line(prompt)[:120]!r}, which has too many tokens")
     sampled = rollout(
         denoiser,
         table,

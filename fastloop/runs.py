@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fastloop.checkpoints import list_checkpoints, load_checkpoint, load_weights
 from fastloop.config import Config
-from fastloop.denoisers import ready_denoiser
+from fastloop.denoisers import build_skeleton, make_trainable, ready_denoiser
 from fastloop.denoisers.base import Denoiser
 from fastloop.denoisers.parts import DTYPES
 from fastloop.errors import UserError
@@ -36,11 +36,16 @@ def open_model(path: str, overrides: list[str]) -> tuple[Config, Callable[[], De
     found = list_checkpoints(folder / "checkpoints")
     if of_run and not found:
         raise UserError(f"{path} has no checkpoint yet: give the config file to use the base model")
-    if config.memory.automatic or "chunk" in (config.prompts.too_long, config.eval.prompts.too_long):
+    counts = not of_run and "chunk" in (config.prompts.too_long, config.eval.prompts.too_long)  # a run has its number
+    if config.memory.automatic or counts:
         checked = preflight(config)
         config = checked.config
         checked.rewards.close()
         checked.eval_rewards.close()
+    if config.model.lora.path is not None or config.model.textual_inversion:  # whose files are refused before weights load
+        skeleton = build_skeleton(config.model)
+        skeleton.read_tokenizers(skeleton.path, config.model, skeleton.text_encoders)
+        make_trainable(skeleton, config)
 
     def load() -> Denoiser:
         denoiser = ready_denoiser(config, check_device(config), adapter=of_run or config.model.lora.path is not None)

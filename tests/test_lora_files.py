@@ -134,6 +134,14 @@ def test_adapters_that_do_not_fit_are_refused_before_the_model_loads_with_what_t
     save_file({"lora_unet_a.dora_scale": torch.zeros(1)}, tmp_path / "dora.safetensors")
     save_file({"a.weight": torch.zeros(1)}, tmp_path / "none.safetensors")
     (tmp_path / "cut.safetensors").write_bytes(b"1234")
+    whole = load_file(tmp_path / "unet/pytorch_lora_weights.safetensors")
+    first = next(key for key in whole if "lora_A" in key)
+    save_file(whole | {first: whole[first][:2].contiguous()}, tmp_path / "ranks.safetensors")
+    save_file({key: value for key, value in whole.items() if key != first}, tmp_path / "half.safetensors")
+    torch.save({1: torch.zeros(1)}, tmp_path / "numbers.pt")
+    sgm = {f"lora_unet_{name}.lora_{side}.weight": torch.zeros(4, 4) for side in ("down", "up")
+           for name in ("input_blocks_4_1_proj_in", "mid_block_attentions_0_proj_in")}  # fmt: skip
+    save_file(sgm, tmp_path / "mixed.safetensors")
     wide = {"target_modules": MLP}
     for lora, says in (
         ({"path": "gone"}, "model.lora.path: no file gone: give a .safetensors file of adapters"),
@@ -141,6 +149,10 @@ def test_adapters_that_do_not_fit_are_refused_before_the_model_loads_with_what_t
         ({"path": "dora.safetensors"}, "holds DoRA, and only plain LoRA is read"),
         ({"path": "none.safetensors"}, "model.lora.path: "),
         ({"path": "cut.safetensors"}, "model.lora.path: cannot read"),
+        ({"path": "ranks.safetensors", **wide}, "or of another size: it is of another model"),
+        ({"path": "half.safetensors", **wide}, "or half of a pair"),
+        ({"path": "numbers.pt"}, "model.lora.path: "),
+        ({"path": "mixed.safetensors"}, "model.lora.path: "),
         ({"path": "xl"}, "it is of another model"),
         ({"path": "xl", "fuse": True}, "it is of another model"),
         (
@@ -163,3 +175,19 @@ def test_adapters_that_do_not_fit_are_refused_before_the_model_loads_with_what_t
     ):
         with pytest.raises(UserError, match=says):
             make_config(model={"path": tiny_sd, **model})
+
+
+@pytest.mark.parametrize("bits", ["int8", "nf4"])
+def test_adapters_start_over_weights_in_few_bits(tmp_path, bits):
+    """Shapes are those of the layer, not of its packed weight."""
+    from tiny_pipelines import make_sd
+
+    path = make_sd(tmp_path / "wide", block_out_channels=(64, 64))
+    trained(path, rank=4, alpha=4.0, text=False).export(tmp_path / "lora")
+    denoiser = load_denoiser(
+        ModelConfig(path=path, base_precision=bits, lora={"path": str(tmp_path / "lora"), "rank": 4}), CPU
+    )
+    denoiser.train_adapter(gradient_checkpointing=False, seed=0)
+    found = load_file(tmp_path / "lora/pytorch_lora_weights.safetensors")
+    ours = {name.replace(".default", ""): p for name, p in denoiser.trainable().items()}
+    assert all(torch.equal(value, ours[key.removeprefix("unet.")]) for key, value in found.items())

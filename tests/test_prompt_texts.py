@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from known_traces import trace_nothing
 from safetensors.torch import save_file
 
+from fastloop.cli import main
 from fastloop.config import ModelConfig, SamplingConfig
 from fastloop.denoisers import load_denoiser
 from fastloop.errors import UserError
@@ -80,6 +82,7 @@ def test_a_long_prompt_is_encoded_in_chunks_whose_number_the_run_decides(request
     config = make_config(model={"path": path}, prompts=long, eval={"prompts": {"source": "animals", "limit": 1}})
     checked = preflight(config)
     assert checked.config.model.prompt_chunks == 3 and checked.cut == [] and "warning" not in plan(config)
+    assert "note         every text is encoded in 3 chunks" in plan(config)
     denoiser = load_denoiser(checked.config.model, CPU)
     sampling = SamplingConfig(guidance_scale=3)
     conds, unconds = denoiser.encode([f"{first} {second} {third}", "a red circle"], sampling)
@@ -106,6 +109,22 @@ def test_a_run_in_chunks_trains_says_so_in_its_config_and_resumes(make_config, t
     Trainer(make_config(**values, iterations=2), resume=True, leave_out=("report", "export")).train()
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert [row["iteration"] for row in rows if "reward/mean" in row] == [1, 2]
+
+
+def test_sample_warns_of_a_prompt_that_is_cut_and_refuses_files_before_weights_load(tiny_sd, tmp_path, capsys, monkeypatch):
+    (tmp_path / "recipe.yaml").write_text(
+        f"model: {{path: {tiny_sd}}}\nrewards: [{{name: jpeg_compressibility}}]\nprompts: {{source: animals}}\n"
+        "sampling: {steps: 2, guidance_scale: 1}\n"
+    )
+    told = ["sample", str(tmp_path / "recipe.yaml"), "--images", "1", "--out", str(tmp_path / "out")]
+    assert main([*told, "--prompt", "a red circle", "--prompt", " ".join(["red"] * 20)]) == 0
+    out = capsys.readouterr().out
+    assert out.count("warning: the text encoders do not see the end of 'red red") == 1
+    monkeypatch.setattr("fastloop.denoisers.base.Denoiser.load", lambda *_: pytest.fail("weights were loaded"))
+    for key in ("lora.path", "textual_inversion"):
+        value = f"model.{key}={{x: /gone.pt}}" if key == "textual_inversion" else f"model.{key}=/gone.pt"
+        assert main([*told, "--prompt", "a", value]) == 2
+        assert f"model.{key}" in capsys.readouterr().err
 
 
 def test_chunks_and_skipped_layers_are_for_stable_diffusions_text_encoders(make_config, tiny_sd3, tiny_sd):
@@ -153,17 +172,31 @@ def test_words_of_ones_own_are_those_that_stock_loads_with_all_of_their_vectors(
         denoiser = load_denoiser(model, CPU)
         ours = text_of(denoiser.encode([text], SamplingConfig(guidance_scale=1))[0])
         assert torch.allclose(ours, expected, atol=1e-6)
-        assert len(denoiser._ids(denoiser.tokenizers["tokenizer"], ["<three>"])[0]) == 3 + 2
-    if name == "tiny_sd":
+        tokenizer = denoiser.tokenizers["tokenizer"]
+        assert [len(ids) for ids in denoiser._ids(tokenizer, ["<three>", "<THREE>", "<three> <three>"])] == [5, 5, 8]
+    if name == "tiny_sdxl":  # in the published config the end of a text is 2, by which CLIP would take the largest id
+        for part in ("text_encoder", "text_encoder_2"):
+            edited = json.loads((Path(path) / part / "config.json").read_text()) | {"eos_token_id": 2}
+            copy = Path(shutil.copytree(path, tmp_path / f"copy-{part}", dirs_exist_ok=True))
+            (copy / part / "config.json").write_text(json.dumps(edited))
+        denoiser = load_denoiser(ModelConfig(path=str(copy), textual_inversion=words), CPU)
+        both = denoiser.encode(["<three> a red circle", "<three> a blue square"], SamplingConfig(guidance_scale=1))[0].pooled
+        assert not torch.allclose(*both, atol=1e-3)
+    else:
         old = load_denoiser(ModelConfig(path=path, textual_inversion={"<three>": str(tmp_path / "a1111.pt")}), CPU)
         new = load_denoiser(ModelConfig(path=path, textual_inversion={"<three>": words["<three>"]}), CPU)
         both = [text_of(d.encode(["<three>"], SamplingConfig(guidance_scale=1))[0]) for d in (old, new)]
         assert torch.equal(*both)
+    save_file({"<b>": torch.zeros(1, 16), "<c>": torch.zeros(1, 16)}, tmp_path / "words.safetensors")
+    save_file({"a": torch.full((1, 16), torch.nan)}, tmp_path / "nan.safetensors")
     save_file({"a": torch.zeros(1, 5)}, tmp_path / "wide.safetensors")
     save_file({"a": torch.zeros(1, 5, dtype=torch.int64)}, tmp_path / "none.safetensors")
     for word, file, says in (
         ("<a>", "wide.safetensors", "has vectors of 5 numbers and the text_encoder 16: it is of another model"),
-        ("<a>", "none.safetensors", "holds no vectors: give a file of textual inversion"),
+        ("<a>", "none.safetensors", "holds no vectors for such a word, it has a: give a file of textual inversion"),
+        ("<a>", "words.safetensors", "holds no vectors for such a word, it has "),  # of several words, none of this name
+        ("<a>", "nan.safetensors", "holds no vectors for such a word"),
+        (" ", "three.safetensors", "is no word: give a name"),
         ("<a>", "gone.pt", "no file"),
         ("red</w>", "three.safetensors", "the tokenizer knows the word 'red</w>' already: choose another"),
     ):

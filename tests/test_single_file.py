@@ -157,7 +157,7 @@ def test_what_is_no_whole_model_is_refused_in_one_line_that_names_the_remedy(tin
     cases = {
         "novae": (
             {k: v for k, v in weights.items() if "first_stage" not in k},
-            "has no vae in it: give one as model.vae.path",
+            "has no vae in it: give a file that has one as model.vae.path",
         ),
         "unet": (
             {k: v for k, v in weights.items() if "diffusion" in k},
@@ -169,6 +169,12 @@ def test_what_is_no_whole_model_is_refused_in_one_line_that_names_the_remedy(tin
             {"double_blocks.0.img_attn.qkv.weight": torch.zeros(1)},
             "has keys such as double_blocks.0.img_attn.qkv.weight",
         ),
+        "refiner": ({"conditioner.embedders.0.model.ln_final.weight": torch.zeros(1)}, "is SDXL's refiner"),
+        "clip": (
+            {k: v[:, :8].contiguous() if "token_embedding" in k else v for k, v in weights.items()},
+            "the text encoder of FILE is another than its configs say (its table of words is (49408, 8), not (49408, 16))",
+        ),
+        "more": (weights | {"model.diffusion_model.input_blocks.1.0.emb_layers.1.extra": torch.zeros(1)}, "or new)"),
         "part": (
             {k: v for k, v in weights.items() if "out.2" not in k},
             "the unet of FILE is another than its configs say (conv_out.weight is missing",
@@ -181,6 +187,7 @@ def test_what_is_no_whole_model_is_refused_in_one_line_that_names_the_remedy(tin
         with pytest.raises(UserError) as caught:
             preflight(config)
         assert says in str(caught.value).replace(str(file), "FILE") and "\n" not in str(caught.value)
+    torch.save({1: torch.zeros(1)}, tmp_path / "numbers.ckpt")
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     (tmp_path / "pointer.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
     (tmp_path / "cut.safetensors").write_bytes((tiny_files / "sd15.safetensors").read_bytes()[:1000])
@@ -190,6 +197,7 @@ def test_what_is_no_whole_model_is_refused_in_one_line_that_names_the_remedy(tin
         ({"path": str(tmp_path / "pointer.safetensors")}, "is a pointer of git-LFS: run git lfs pull"),
         ({"path": str(tmp_path / "cut.safetensors")}, "cannot read"),
         ({"path": str(tmp_path / "none.safetensors")}, "no folder or file"),
+        ({"path": str(tmp_path / "numbers.ckpt")}, "has keys such as none"),
         ({"path": good, "variant": "fp16"}, "model.variant: fp16, but"),
         (
             {"path": "https://huggingface.co/a/b/blob/main/c/d.safetensors"},

@@ -12,7 +12,7 @@ import torch
 
 from fastloop import kernels, numerics
 from fastloop.config import Config, ModelConfig
-from fastloop.denoisers.files import model_source, read_json, read_part_config, refuse_own_code
+from fastloop.denoisers.files import model_source, naming_key, read_json, read_part_config, refuse_own_code
 from fastloop.denoisers.lean import lighten_parts
 from fastloop.denoisers.quantised import quantisation_problem
 from fastloop.denoisers.single_file import is_single_file
@@ -45,7 +45,8 @@ def family(path: str, config: ModelConfig):
         raise UserError(f"model.base_precision: {problem}")
     index = read_json(path, config, "model_index.json")
     for key in ("variant", "revision"):
-        if is_single_file(path) and (value := getattr(config, key)) is not None:
+        other = key == "variant" and config.vae.path is not None  # whose files may have one
+        if is_single_file(path) and not other and (value := getattr(config, key)) is not None:
             raise UserError(f"model.{key}: {value}, but {path} is one file, which has none: leave it out")
     name = index.get("_class_name")
     name = BASES.get(name, name) if isinstance(name, str) else name
@@ -57,7 +58,8 @@ def family(path: str, config: ModelConfig):
     _refuse_other_parts(path, index, {**adapter.encoders_of(path, config), adapter.network_name: adapter.network_class})
     if config.vae.path is not None:
         index = {"vae": [None, read_part_config("vae", path, config).get("_class_name")]}
-    _refuse_other_parts(config.vae.path or path, index, {"vae": adapter.vae_class})
+    with naming_key("vae", config):
+        _refuse_other_parts(config.vae.path or path, index, {"vae": adapter.vae_class})
     if config.max_sequence_length is not None and adapter.sequence_length is None:
         raise UserError(f"model.max_sequence_length: {path} has a length of its own: leave it out")
     return adapter

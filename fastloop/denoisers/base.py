@@ -98,7 +98,8 @@ class Denoiser(TextEncoding, Adapters, Residence, Export):
         given = () if vae is None else (f"the VAE is that of {vae}",)
         if lora.path is not None:
             given += (f"adapters of {lora.path}, {'fused into the weights' if lora.fuse else 'trained on'}",)
-        return (*other, *files, *given)
+        chunks = self.config.prompt_chunks
+        return (*other, *files, *given, *([f"every text is encoded in {chunks} chunks"] if chunks > 1 else []))
 
     @property
     def max_sequence_length(self) -> int | None:

@@ -97,11 +97,11 @@ def part_source(name: str, path: str, config: ModelConfig) -> tuple[str, str, Mo
         if is_single_file(where):
             return where, name, own
         try:
-            read_json(where, own, "config.json")
+            read_json(where, own, "model_index.json")
         except UserError:
-            read_json(where, own, "config.json", name)
-            return where, name, own
-        return where, "", own
+            read_json(where, own, "config.json")
+            return where, "", own
+        return where, name, own
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from fastloop.errors import UserError, one_line
 
 NAME = "pytorch_lora_weights.safetensors"  # in a folder, as diffusers writes it
 _DOWN = re.compile(r"(.+?)(?:\.lora_A\.weight|\.lora\.down\.weight|_lora\.down\.weight|\.lora_linear_layer\.down\.weight)$")
+_DOWNS = (".lora_A.weight", "lora_down.weight", "lora.down.weight", "lora_linear_layer.down.weight")
 _OTHERS = {"dora_scale": "DoRA", "lora_magnitude_vector": "DoRA", "hada_": "LoHa", "lokr_": "LoKr", "lora_mid": "LoCon's CP"}
 
 Found = dict[
@@ -61,6 +62,9 @@ def read_adapters(path: str, pipeline_class: type, network_name: str, network: n
         raise UserError(f"model.lora.path: {file} is no LoRA of such a model: {one_line(error)[:200]}") from None
     if not any(found.values()):
         raise UserError(f"model.lora.path: {file} holds no adapters: give a file of LoRA")
+    there, read = sum(key.endswith(_DOWNS) for key in weights), sum(map(len, found.values()))
+    if there != read:
+        raise UserError(f"model.lora.path: of the {there} adapters in {file} {read} could be read: it mixes formats of names")
     return found
 
 
@@ -69,8 +73,7 @@ def check_adapters(path: str, found: Found, parts: dict[str, nn.Module]) -> None
     for part, adapters in found.items():
         modules = _modules(parts.get(part))
         for name, (a, b) in adapters.items():
-            weight = getattr(_plain(modules.get(name)), "weight", None)
-            if weight is None or (len(b), *a.shape[1:]) != tuple(weight.shape):
+            if (len(b), *a.shape[1:]) != _shape(_plain(modules.get(name))) or b.shape[1] != len(a):
                 raise UserError(
                     f"model.lora.path: {path} has adapters for {part}.{name}, which this model has not, or of another size: "
                     "it is of another model"
@@ -155,14 +158,22 @@ def _pairs(part: str, state: dict[str, Tensor], network_name: str) -> dict[str, 
         named = {key.removeprefix("text_model."): value for key, value in named.items()}
     modules = [key.removesuffix(".lora_A.weight") for key in named if key.endswith(".lora_A.weight")]
     if 2 * len(modules) != len(named):
-        rest = next(key for key in named if not key.endswith(("lora_A.weight", "lora_B.weight")))
-        raise UserError(f"model.lora.path: {part}.{rest} is no weight of plain LoRA: fuse it into the model first")
+        alone = {*named} - {f"{name}.lora_{side}.weight" for name in modules for side in "AB"}
+        alone |= {f"{name}.lora_A.weight" for name in modules if f"{name}.lora_B.weight" not in named}
+        raise UserError(f"model.lora.path: {part}.{min(alone)} is no weight of plain LoRA, or half of a pair: fuse it first")
     return {name: (named[f"{name}.lora_A.weight"], named[f"{name}.lora_B.weight"]) for name in modules}
 
 
 def _endings(names: Iterable[str]) -> list[str]:
     """The endings of modules' names, as ``model.lora.target_modules`` takes them."""
     return sorted({re.search(r"[^.]+(?:\.\d+)*$", name)[0] for name in names})
+
+
+def _shape(layer: nn.Module | None) -> tuple[int, ...] | None:
+    """The shape of a layer's weight, also where it is held in 4 bits."""
+    if hasattr(layer, "in_features"):
+        return layer.out_features, layer.in_features
+    return tuple(layer.weight.shape) if hasattr(layer, "weight") else None
 
 
 def _modules(part: nn.Module | None) -> dict[str, nn.Module]:

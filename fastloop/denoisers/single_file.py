@@ -113,20 +113,35 @@ def check_single_part(name: str, path: str, part: torch.nn.Module) -> None:
     """
     shapes = {key: shape for key, shape in _look_into(path).shapes.items() if _is_of(name, key)}
     if not shapes:
-        remedy = "give one as model.vae.path" if name == "vae" else "give a file that holds the whole model"
+        remedy = "give a file that has one as model.vae.path" if name == "vae" else "give a file that holds the whole model"
         raise UserError(f"model.path: {path} has no {name.replace('_', ' ')} in it: {remedy}")
-    if name not in _CONVERTERS:  # of text encoders the libraries tell when they are read
+    if name not in _CONVERTERS:
+        _check_text_encoder(name, path, shapes, part)
         return
     try:
         found = _converted(name, {key: torch.empty(of, device="meta") for key, of in shapes.items()}, dict(part.config))
-        wrong = (key for key, value in part.state_dict().items() if key not in found or found[key].shape != value.shape)
-        first = next(wrong, None)
+        wanted = part.state_dict()
+        wrong = (key for key, value in wanted.items() if key not in found or found[key].shape != value.shape)
+        first = next(iter([*wrong, *(found.keys() - wanted.keys())]), None)
     except KeyError as error:  # a layer that the configs have
         first = error.args[0]
     if first is not None:
         raise UserError(
-            f"model.path: the {name} of {path} is another than its configs say ({first} is missing or of another size): "
+            f"model.path: the {name} of {path} is another than its configs say ({first} is missing, of another size or new): "
             "give the folder of a diffusers pipeline"
+        )
+
+
+def _check_text_encoder(name: str, path: str, shapes: dict[str, tuple[int, ...]], part: torch.nn.Module) -> None:
+    """By its table of words, whose name and size every reader looks for."""
+    of_clip, of_open_clip = "transformer.text_model.embeddings.token_embedding.weight", "model.token_embedding.weight"
+    first = (f"{_TEXTS[0]}{of_clip}", f"{_TEXTS[0]}{of_open_clip}", f"{_TEXTS[1]}0.{of_clip}")
+    keys = first if name == "text_encoder" else (f"{_TEXTS[1]}1.{of_open_clip}",)
+    found, wanted = [shapes[key] for key in keys if key in shapes], (part.config.vocab_size, part.config.hidden_size)
+    if wanted not in found:
+        raise UserError(
+            f"model.path: the {name.replace('_', ' ')} of {path} is another than its configs say (its table of words is "
+            f"{found[0] if found else 'missing'}, not {wanted}): give the folder of a diffusers pipeline"
         )
 
 
@@ -193,6 +208,8 @@ def _architecture(path: str, contents: _Contents) -> str:
             return "sd2"
         if any(key.startswith("cond_stage_model.transformer.") for key in keys):
             return "sd15"
+    if any(key.startswith("conditioner.embedders.0.model.") for key in keys):
+        raise UserError(f"model.path: {path} is SDXL's refiner, which draws from no text alone: give the base model")
     what = "no text encoder" if _FIRST_LAYER in keys else f"keys such as {next(iter(keys), 'none')}"
     raise UserError(
         f"model.path: {path} has {what}: one file must be a whole Stable Diffusion 1.x, 2.x or XL with A1111's names; of "
@@ -245,4 +262,5 @@ def read_tensors(path: str, wanted: Callable[[str], bool] = lambda _: True) -> t
     found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     while isinstance(found.get("state_dict"), dict):
         found = found["state_dict"]
-    return {key: value for key, value in found.items() if isinstance(value, torch.Tensor) and wanted(key)}, {}
+    tensors = {key: value for key, value in found.items() if isinstance(key, str) and isinstance(value, torch.Tensor)}
+    return {key: value for key, value in tensors.items() if wanted(key)}, {}

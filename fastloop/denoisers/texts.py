@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import nullcontext
 
 import torch
-from diffusers.loaders import TextualInversionLoaderMixin
 from transformers import PreTrainedTokenizerBase
 
 from fastloop.config import ModelConfig, SamplingConfig
@@ -150,12 +150,22 @@ class TextEncoding:
         rewritten = [self._rewritten(tokenizer, text) for text in texts]
         return tokenizer(rewritten, verbose=False).input_ids  # it would warn of each that is longer
 
-    def _rewritten(self, tokenizer: PreTrainedTokenizerBase, text: str) -> str:
-        """A text with the n tokens of a word that has n vectors, as stock's pipelines write it."""
-        added = tokenizer.added_tokens_encoder
-        if not issubclass(self.pipeline_class, TextualInversionLoaderMixin) or not any(f"{word}_1" in added for word in added):
+    @staticmethod
+    def _rewritten(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+        """A text with the n tokens of a word that has n vectors, as stock's pipelines write it, in capitals or not."""
+        added = {word.lower(): word for word in tokenizer.added_tokens_encoder}
+        several = [word for word in added if f"{word}_1" in added]
+        if not several:
             return text
-        return TextualInversionLoaderMixin().maybe_convert_prompt(text, tokenizer)
+
+        def tokens(match: re.Match) -> str:
+            found = [added[match[0].lower()]]
+            while (name := f"{match[0].lower()}_{len(found)}") in added:
+                found.append(added[name])
+            return " ".join(found)
+
+        words = "|".join(re.escape(word) for word in sorted(several, key=len, reverse=True))
+        return re.sub(rf"(?:{words})(?!_\d)", tokens, text, flags=re.IGNORECASE)
 
 
 def _whole(embedding: tuple[torch.Tensor, ...]) -> torch.Tensor:

@@ -172,7 +172,8 @@ class Traced:
         """Bytes at most, of one text."""
         with torch.no_grad(), LiveBytes() as live:
             for name, encoder in self.denoiser.text_encoders.items():
-                encoder(torch.zeros(1, self.denoiser.text_length(name), dtype=torch.int64), output_hidden_states=True)
+                shape = self.denoiser.config.prompt_chunks, self.denoiser.text_length(name)
+                encoder(torch.zeros(shape, dtype=torch.int64), output_hidden_states=True)
         return live.peak
 
     def _rollout(self, batch: int) -> None:
