@@ -234,7 +234,8 @@ def test_a_failure_on_one_rank_ends_all_with_its_own_message(recipe, tmp_path):
     [
         (
             "model.path=/nowhere",
-            "model.path: no folder or file /nowhere: give a diffusers folder, a .safetensors or .ckpt file",
+            "model.path: no folder or file /nowhere: give a diffusers folder, a .safetensors or .ckpt file, a hub id "
+            "OWNER/NAME, or assets:shapes",
         ),
         ("engine={name: torch}", "engine.name: torch is for one process, the launcher started 2: set it to deepspeed"),
     ],

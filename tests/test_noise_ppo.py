@@ -272,6 +272,6 @@ def test_features_are_the_whole_text_where_a_family_has_it_and_else_the_mean_of_
         config = make_config(**{**NOISE, "model": {**NOISE["model"], "path": path}}, clip_range=0.2)
         denoiser = ready_denoiser(config, torch.device("cpu"), adapter=False)
         found = denoiser.features(["a cat", "a dog"])
-        embedding = denoiser._embeddings["a cat"]
+        embedding = denoiser._embeddings["a cat", 0]
         assert found.shape == (2, denoiser.feature_size) and found.dtype == torch.float32 and denoiser.pools_texts is pools
         assert found[0].allclose(embedding[1] if pools else embedding[0].mean(0))

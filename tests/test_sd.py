@@ -438,9 +438,9 @@ def test_full_cache_does_not_lose_a_prompt_of_the_same_call(tiny_sd, monkeypatch
     without = SamplingConfig(guidance_scale=1.0)
     first, _ = denoiser.encode(["a dog", "a cat"], without)
     again, _ = denoiser.encode(["a dog", "a horse"], without)  # the horse takes the place of the cat
-    assert torch.equal(again[0], first[0]) and list(denoiser._embeddings) == ["a dog", "a horse"]
+    assert torch.equal(again[0], first[0]) and [text for text, _ in denoiser._embeddings] == ["a dog", "a horse"]
     denoiser.encode(["a dog", "a bee"], without)  # of two, the one that was used last stays
-    assert list(denoiser._embeddings) == ["a dog", "a bee"]
+    assert [text for text, _ in denoiser._embeddings] == ["a dog", "a bee"]
 
 
 # --- predict -------------------------------------------------------------------------------------------------------------
@@ -842,6 +842,7 @@ def test_exported_pipeline_is_the_trained_one_in_one_dtype(request, tmp_path, pa
     assert all(torch.equal(p, weights[name]) for name, p in pipeline.unet.named_parameters())
     for file in (VAE_FILE, TEXT_FILE):
         before, after = load_file(Path(path) / file), load_file(folder / file)
+        after = {name.removeprefix("text_model."): value for name, value in after.items()}  # for transformers before 5.6
         assert before.keys() == after.keys()
         assert all(torch.equal(before[name], after[name]) for name in before)
     if dtype == "fp32":
