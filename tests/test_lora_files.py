@@ -191,3 +191,17 @@ def test_adapters_start_over_weights_in_few_bits(tmp_path, bits):
     found = load_file(tmp_path / "lora/pytorch_lora_weights.safetensors")
     ours = {name.replace(".default", ""): p for name, p in denoiser.trainable().items()}
     assert all(torch.equal(value, ours[key.removeprefix("unet.")]) for key, value in found.items())
+
+
+def test_one_adapter_of_kohyas_flux_for_q_k_and_v_becomes_three(tiny_flux, tmp_path):
+    denoiser = load_denoiser(ModelConfig(path=tiny_flux, lora={"path": str(tmp_path / "kohya.safetensors"), "rank": 2}), CPU)
+    width, name = denoiser.network.inner_dim, "lora_unet_double_blocks_0_img_attn_qkv"
+    up = torch.randn(3 * width, 2)
+    one = {f"{name}.lora_down.weight": torch.randn(2, width), f"{name}.lora_up.weight": up, f"{name}.alpha": torch.tensor(1.0)}
+    save_file(one, tmp_path / "kohya.safetensors")
+    denoiser.train_adapter(gradient_checkpointing=False, seed=0)
+    for letter, theirs in zip("qkv", up.split(width), strict=True):
+        layer = denoiser.network.transformer_blocks[0].attn.get_submodule(f"to_{letter}")
+        down = one[f"{name}.lora_down.weight"]
+        ours = layer.lora_B["default"].weight @ layer.lora_A["default"].weight * layer.scaling["default"]
+        assert torch.allclose(ours, 0.5 * theirs @ down, atol=1e-5)

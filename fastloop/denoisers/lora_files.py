@@ -21,13 +21,11 @@ from fastloop.denoisers.single_file import read_tensors
 from fastloop.errors import UserError, one_line
 
 NAME = "pytorch_lora_weights.safetensors"  # in a folder, as diffusers writes it
-_DOWN = re.compile(r"(.+?)(?:\.lora_A\.weight|\.lora\.down\.weight|_lora\.down\.weight|\.lora_linear_layer\.down\.weight)$")
-_DOWNS = (".lora_A.weight", "lora_down.weight", "lora.down.weight", "lora_linear_layer.down.weight")
+_DOWN = re.compile(r"(.+?)(?:\.lora_A|[._]lora(?:_linear_layer)?\.down)\.weight$")  # of a module, in diffusers' names
 _OTHERS = {"dora_scale": "DoRA", "lora_magnitude_vector": "DoRA", "hada_": "LoHa", "lokr_": "LoKr", "lora_mid": "LoCon's CP"}
 
-Found = dict[
-    str, dict[str, tuple[Tensor, Tensor]]
-]  # by part and module: A (r, in, ...) and B (out, r, ...) of the weight + B A
+# by part and module: A (r, in, ...) and B (out, r, ...) of the weight + B A
+Found = dict[str, dict[str, tuple[Tensor, Tensor]]]
 
 
 def read_adapters(path: str, pipeline_class: type, network_name: str, network: nn.Module) -> Found:
@@ -62,8 +60,8 @@ def read_adapters(path: str, pipeline_class: type, network_name: str, network: n
         raise UserError(f"model.lora.path: {file} is no LoRA of such a model: {one_line(error)[:200]}") from None
     if not any(found.values()):
         raise UserError(f"model.lora.path: {file} holds no adapters: give a file of LoRA")
-    there, read = sum(key.endswith(_DOWNS) for key in weights), sum(map(len, found.values()))
-    if there != read:
+    there = sum(key.endswith(("lora_A.weight", "down.weight")) for key in weights)
+    if (read := sum(map(len, found.values()))) < there:  # more, where one for q, k and v becomes three
         raise UserError(f"model.lora.path: of the {there} adapters in {file} {read} could be read: it mixes formats of names")
     return found
 

@@ -40,10 +40,9 @@ _PADS = {  # tokenizers of an architecture, with the token that fills up texts
     "sdxl": {"tokenizer": "<|endoftext|>", "tokenizer_2": "!"},
 }
 _CONVERTERS = {"unet": convert_ldm_unet_checkpoint, "vae": convert_ldm_vae_checkpoint}
-_PREDICTIONS = {
-    "epsilon": "epsilon",
-    "v": "v_prediction",
-}  # of the model's metadata, https://github.com/Stability-AI/ModelSpec
+# of the model's metadata, https://github.com/Stability-AI/ModelSpec
+_PREDICTIONS = {"epsilon": "epsilon", "v": "v_prediction"}
+_POINTER = b"version https://git-lfs"
 
 
 @dataclass(frozen=True)
@@ -55,6 +54,12 @@ class _Contents:
 def is_single_file(path: str) -> bool:
     """Say whether a model's path is one file."""
     return Path(path).is_file()
+
+
+def is_pointer(path: str | Path) -> bool:
+    """Say whether a file is what git-LFS leaves in place of one that was not fetched."""
+    with open(path, "rb") as file:
+        return file.read(len(_POINTER)) == _POINTER
 
 
 def unfold(path: str, architectures: Path) -> Path:
@@ -245,9 +250,7 @@ def _contents(path: str, _: int) -> _Contents:
                 return _Contents({key: tuple(file.get_slice(key).get_shape()) for key in keys}, file.metadata() or {})
         return _Contents({key: tuple(value.shape) for key, value in read_tensors(path)[0].items()}, {})
     except Exception as error:  # safetensors and pickle raise many kinds
-        with open(path, "rb") as file:
-            pointer = file.read(23) == b"version https://git-lfs"
-        if pointer:
+        if is_pointer(path):
             raise UserError(f"model.path: {path} is a pointer of git-LFS: run git lfs pull") from None
         hint = "" if path.lower().endswith(".safetensors") else "; nothing but tensors is unpickled: convert it to safetensors"
         raise UserError(f"model.path: cannot read {path}: {one_line(error)[:200]}{hint}") from None

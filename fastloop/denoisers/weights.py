@@ -12,12 +12,11 @@ from safetensors import safe_open
 
 from fastloop.config import ModelConfig
 from fastloop.denoisers.files import naming_key, part_source
-from fastloop.denoisers.single_file import check_single_part, is_single_file, single_file_notes
+from fastloop.denoisers.single_file import check_single_part, is_pointer, is_single_file, single_file_notes
 from fastloop.errors import UserError, one_line
 
 _SHARD = r"(?:-\d{5}-of-\d{5})?"
 _FILE = re.compile(rf"(?:diffusion_pytorch_model|pytorch_model|model){_SHARD}(?:\.(\w[\w-]*?))?{_SHARD}\.(safetensors|bin)")
-_POINTER = b"version https://git-lfs"
 
 
 @dataclass(frozen=True)
@@ -96,11 +95,8 @@ def _check_part(part: str, path: str, folder: Path, chosen: WeightFiles, skeleto
         return
     keys: set[str] = set()
     for name in chosen.names:
-        with open(folder / name, "rb") as file:
-            if file.read(len(_POINTER)) == _POINTER:
-                raise UserError(
-                    f"model.path: cannot load the {part} of {path}: {name} is a pointer of git-LFS: run git lfs pull"
-                )
+        if is_pointer(folder / name):
+            raise UserError(f"model.path: cannot load the {part} of {path}: {name} is a pointer of git-LFS: run git lfs pull")
         if chosen.safetensors:
             try:
                 with safe_open(folder / name, "pt") as file:
