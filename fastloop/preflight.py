@@ -14,6 +14,7 @@ import torch
 
 from fastloop import kernels
 from fastloop.batches import Batches, trained_steps
+from fastloop.checkpoints import list_checkpoints
 from fastloop.compiling import with_compile
 from fastloop.config import Config, MemoryConfig
 from fastloop.denoisers import build_skeleton, make_trainable
@@ -132,7 +133,7 @@ def preflight(config: Config, ranks: Ranks = ALONE, resume: bool = False, gpu: b
     tokenizers = skeleton.read_tokenizers(skeleton.path, config.model, skeleton.text_encoders)
     config = _with_chunks(config, skeleton, [prompt.text for prompt in (*prompts, *eval_prompts)], tokenizers)
     cut = _cut_lines(config, skeleton, {"prompts": prompts, "eval.prompts": eval_prompts}, tokenizers)
-    make_trainable(skeleton, config)
+    make_trainable(skeleton, config, fresh=not (resume and ranks.from_main(lambda: _checkpoints(config))))
     texts = distinct_texts(config, prompts, eval_prompts)
     config, chosen, traced = _settle(config, skeleton, steps_trained, texts, device, ranks, earlier, gpu)
     if config.engine.name == "deepspeed":
@@ -186,6 +187,10 @@ def _cut_lines(config: Config, skeleton: Denoiser, lists: dict[str, list[Prompt]
             raise UserError(f"{key}.too_long: {said}: shorten them, or set it to warn or chunk")
         lines.append(f"{key}: {said}")
     return lines
+
+
+def _checkpoints(config: Config) -> list[Path]:
+    return list_checkpoints(Path(config.output_dir).expanduser() / "checkpoints")
 
 
 def _earlier(config: Config, ranks: Ranks) -> Config | None:

@@ -30,19 +30,21 @@ FORMER_DEFAULTS = {"model.lora.target_modules": ["to_q", "to_k", "to_v", "to_out
 _held: dict[Path, TextIO] = {}  # the lock files of the folders that this process holds
 
 
-def claim_run_dir(config: Config, resume: bool, prompts: dict[str, dict[str, Any]]) -> tuple[Path, Path | None, bool]:
+def claim_run_dir(
+    config: Config, resume: bool, prompts: dict[str, dict[str, Any]], files: dict[str, str]
+) -> tuple[Path, Path | None, bool]:
     """Make or take over the folder of a run, and hold it until `release_run_dir` or the end of this process.
 
     Args:
-        prompts: as from `prompt_facts`.
+        prompts: as from `prompt_facts`. files: as from `given_hashes`.
 
     Returns:
         The folder, the checkpoint to go on from (``None``: from the start), and whether a run was there before.
 
     Raises:
         UserError: the folder cannot be written, another process holds it, or it holds a run that ``resume`` does not ask for,
-            that has another configuration or other prompts, that has gone further than ``iterations``, or whose records or
-            newest checkpoint are damaged.
+            that has another configuration, other prompts or files, that has gone further than ``iterations``, or whose
+            records or newest checkpoint are damaged.
     """
     folder = Path(config.output_dir).expanduser()
     try:
@@ -65,7 +67,7 @@ def claim_run_dir(config: Config, resume: bool, prompts: dict[str, dict[str, Any
         left += [path.name for path in list_checkpoints(folder / "checkpoints")]
         if left:
             raise UserError(f"output_dir: {folder} holds {left[0]} of a run, but not its config: choose another output_dir=")
-        _write_json(folder / "prompts.json", prompts)
+        _write_inputs(folder, prompts, files)
         replace_text(existing, dump_config(config))
         return folder, None, False
     if not resume:
@@ -80,13 +82,15 @@ def claim_run_dir(config: Config, resume: bool, prompts: dict[str, dict[str, Any
     for key, default in FORMER_DEFAULTS.items():
         if now.get(key) is None and before.get(key) == default:
             before[key] = None
-    for key in sorted({*before, *now}):
-        if before.get(key) != now.get(key) and not key.startswith(MAY_CHANGE):
-            raise UserError(
-                f"--resume: {key} is {before.get(key)!r} in {existing} and {now.get(key)!r} now: "
-                "set it back, or start a new run with another output_dir="
-            )
-    _check_prompts(folder, config, prompts)
+    changed = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key) and not key.startswith(MAY_CHANGE)]
+    if changed in ([], ["model.prompt_chunks"]):  # which follows from the prompts
+        _check_prompts(folder, config, prompts)
+    for key in changed:
+        raise UserError(
+            f"--resume: {key} is {before.get(key)!r} in {existing} and {now.get(key)!r} now: "
+            "set it back, or start a new run with another output_dir="
+        )
+    _check_files(folder, files)
     found = list_checkpoints(folder / "checkpoints")
     if found:
         check_checkpoint(found[-1], averaged=config.ema.decay is not None)
@@ -94,7 +98,7 @@ def claim_run_dir(config: Config, resume: bool, prompts: dict[str, dict[str, Any
     if config.iterations < done:
         raise UserError(f"iterations: {config.iterations}, but the run in {folder} has finished {done}: set at least {done}")
     remove_leftovers(folder / "checkpoints")
-    _write_json(folder / "prompts.json", prompts)
+    _write_inputs(folder, prompts, files)
     replace_text(existing, dump_config(config))
     return folder, (found[-1] if found else None), True
 
@@ -154,6 +158,29 @@ def _check_prompts(folder: Path, config: Config, prompts: dict[str, dict[str, An
                 f"--resume: {key}: the prompts of {source} are not those that the run in {folder} began with{began}: "
                 "put them back, or start a new run with another output_dir="
             )
+
+
+def _check_files(folder: Path, files: dict[str, str]) -> None:
+    """Raises ``UserError`` where a run began with other files than it would go on with. Earlier versions recorded none."""
+    path = folder / "files.json"
+    if not path.exists():
+        return
+    try:
+        before = dict(json.loads(path.read_text()))
+    except (ValueError, TypeError):
+        raise UserError(f"--resume: {path} is damaged: remove it to go on with the files as they are now") from None
+    for key, sha256 in files.items():
+        if before.get(key) != sha256:
+            raise UserError(
+                f"--resume: {key}: what is there is not what the run in {folder} began with: put it back, or start a new run "
+                "with another output_dir="
+            )
+
+
+def _write_inputs(folder: Path, prompts: dict[str, dict[str, Any]], files: dict[str, str]) -> None:
+    _write_json(folder / "prompts.json", prompts)
+    if files:
+        _write_json(folder / "files.json", files)
 
 
 def read_run_config(folder: Path) -> Config:

@@ -45,11 +45,11 @@ def open_model(path: str, overrides: list[str]) -> tuple[Config, Callable[[], De
     elif config.model.lora.path is not None or config.model.textual_inversion:  # whose files are refused before weights load
         skeleton = build_skeleton(config.model)
         skeleton.read_tokenizers(skeleton.path, config.model, skeleton.text_encoders)
-        make_trainable(skeleton, config)
+        make_trainable(skeleton, config, fresh=not of_run)
 
     def load() -> Denoiser:
         starts = config.model.lora.path is not None and not config.model.lora.fuse  # from adapters, which the base has then
-        denoiser = ready_denoiser(config, check_device(config), adapter=of_run or starts)
+        denoiser = ready_denoiser(config, check_device(config), adapter=of_run or starts, fresh=not of_run)
         if of_run:
             weights, average, state = load_checkpoint(found[-1], config.ema.decay is not None)
             load_weights(denoiser.trainable(), weights if average is None else average)

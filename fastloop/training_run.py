@@ -22,6 +22,7 @@ from fastloop.batches import Batches
 from fastloop.checkpoints import load_checkpoint, save_checkpoint
 from fastloop.config import Config
 from fastloop.denoisers import ready_denoiser
+from fastloop.denoisers.given import given_hashes
 from fastloop.errors import RewardFailed, UserError, described, one_line
 from fastloop.evaluation import evaluate
 from fastloop.machine import describe_machine
@@ -84,13 +85,14 @@ class TrainingRun:
         self.prompts, self.eval_prompts = PromptStream(checked.prompts, config.seed), checked.eval_prompts
         facts = prompt_facts(checked.prompts, checked.eval_prompts)
         self.held_out = facts["eval.prompts"]["trained_too"] == 0  # whether training sees none of the evaluation's prompts
-        self.folder, checkpoint, resumed = ranks.from_main(lambda: claim_run_dir(config, resume, facts))
+        claim = ranks.from_main(lambda: claim_run_dir(config, resume, facts, given_hashes(config)))
+        self.folder, checkpoint, resumed = claim
         if not (self.folder / "config.yaml").exists():
             raise UserError(f"output_dir: this rank's machine does not see {self.folder}: put it where all machines see it")
         self.rewards.start()
         self.eval_rewards.start()
 
-        self.denoiser = ready_denoiser(config, self.device, trained=True)
+        self.denoiser = ready_denoiser(config, self.device, trained=True, fresh=checkpoint is None)
         self.denoiser.observer = observer
         if checked.chosen:
             self.config, self.chosen = config, _ = confirm(checked, self.denoiser, ranks)

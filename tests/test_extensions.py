@@ -156,7 +156,7 @@ class Small(Denoiser):
     absent = {}
 
     @classmethod
-    def check_fit(cls, path, text_configs, vae, network):
+    def check_fit(cls, path, text_configs, network):
         assert text_configs["text_encoder"].hidden_size == network.caption_channels
 
     @property

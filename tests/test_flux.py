@@ -231,7 +231,7 @@ def test_guidance_is_chosen_in_the_file_since_sd_s_default_would_be_another_pict
         (
             "transformer",
             {"in_channels": 16},
-            "the VAE, packed, of FOLDER gives 64 channels, its transformer takes 16 (in_chan",
+            "the VAE, packed, of FOLDER gives 64 channels, the transformer takes 16 (in_chan",
         ),
         ("scheduler", {"_class_name": "FlowMatchHeunDiscreteScheduler"}, "this model is a flow"),
         ("scheduler", {"use_exponential_sigmas": True}, "scheduler use_exponential_sigmas=true: "),

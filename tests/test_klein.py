@@ -176,7 +176,7 @@ def test_a_distilled_klein_is_warned_of_and_not_guided_and_base_is_neither(make_
         (
             "transformer",
             {"in_channels": 16},
-            "the VAE, packed, of FOLDER gives 32 channels, its transformer takes 16 (in_chan",
+            "the VAE, packed, of FOLDER gives 32 channels, the transformer takes 16 (in_chan",
         ),
         (
             "text_encoder",

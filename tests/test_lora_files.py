@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,12 +14,14 @@ from fastloop.config import ModelConfig, SamplingConfig
 from fastloop.denoisers import build_skeleton, load_denoiser, make_trainable
 from fastloop.errors import UserError
 from fastloop.preflight import preflight
+from fastloop.runs import open_model
+from fastloop.trainer import Trainer
 
 CPU = torch.device("cpu")
 MLP = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.2", "proj_in"]
 
 
-def trained(path: str, rank: int, alpha: float, text: bool, targets: list[str] | None = None):
+def trained(path: str, rank: int, alpha: float, text: bool = False, targets: list[str] | None = None):
     """A model with adapters of random weights."""
     lora = {"rank": rank, "alpha": alpha, "text_encoders": text, "target_modules": targets}
     denoiser = load_denoiser(ModelConfig(path=path, lora=lora), CPU)
@@ -205,3 +208,26 @@ def test_one_adapter_of_kohyas_flux_for_q_k_and_v_becomes_three(tiny_flux, tmp_p
         down = one[f"{name}.lora_down.weight"]
         ours = layer.lora_B["default"].weight @ layer.lora_A["default"].weight * layer.scaling["default"]
         assert torch.allclose(ours, 0.5 * theirs @ down, atol=1e-5)
+
+
+def test_a_run_goes_on_and_is_sampled_without_the_adapters_it_started_from_and_not_with_other_words(
+    tiny_sd, tmp_path, make_config
+):
+    """Adapters that are trained on are in every checkpoint; what is read again each time must be what it was."""
+    source = trained(tiny_sd, rank=4, alpha=4.0)
+    source.export(tmp_path / "start")
+    word, few = tmp_path / "word.safetensors", {"every": 9, "images_per_prompt": 1, "grid": 1, "prompts": {"limit": 1}}
+    save_file({"<cat>": torch.ones(2, source.text_encoders["text_encoder"].config.hidden_size)}, word)
+    lora = {"path": str(tmp_path / "start"), "rank": 4}
+    model = {"path": tiny_sd, "lora": lora, "textual_inversion": {"<cat>": str(word)}}
+    values = {"model": model, "eval": few, "sampling": {"steps": 2}, "output_dir": str(tmp_path / "run")}
+    Trainer(make_config(**values, iterations=1), leave_out=("report", "export")).train()
+    shutil.rmtree(tmp_path / "start")
+    with pytest.raises(UserError, match="model.lora.path: no file"):  # a new run wants them
+        Trainer(make_config(**values | {"output_dir": str(tmp_path / "other")}, iterations=1))
+    Trainer(make_config(**values, iterations=2), resume=True, leave_out=("report", "export")).train()
+    _, load = open_model(str(tmp_path / "run"), [])
+    assert {name for name in load().trainable()} == {name for name in source.trainable()}
+    save_file({"<cat>": torch.zeros(2, source.text_encoders["text_encoder"].config.hidden_size)}, word)
+    with pytest.raises(UserError, match="^--resume: model.textual_inversion.<cat>: what is there is not what the run"):
+        Trainer(make_config(**values, iterations=3), resume=True)

@@ -65,6 +65,7 @@ def test_layers_are_skipped_for_prompts_as_stock_does_and_the_export_says_so(dee
     denoiser.train_adapter(gradient_checkpointing=False, seed=0)
     denoiser.export(tmp_path / "export")
     assert json.loads((tmp_path / "export/call.json").read_text()) == {"clip_skip": 2}
+    assert denoiser.notes == ("of prompts the last 2 layers of CLIP are skipped",)
     with pytest.raises(UserError, match="^model.clip_skip: 3 of 4 layers: at most 2 can be skipped$"):
         sampler_table(ModelConfig(path=deep[name], clip_skip=3), SamplingConfig())
 
@@ -172,6 +173,9 @@ def test_words_of_ones_own_are_those_that_stock_loads_with_all_of_their_vectors(
         denoiser = load_denoiser(model, CPU)
         ours = text_of(denoiser.encode([text], SamplingConfig(guidance_scale=1))[0])
         assert torch.allclose(ours, expected, atol=1e-6)
+        assert denoiser.notes == tuple(
+            f"the word {word} has the vectors of {file}" for word, file in model.textual_inversion.items()
+        )
         tokenizer = denoiser.tokenizers["tokenizer"]
         assert [len(ids) for ids in denoiser._ids(tokenizer, ["<three>", "<THREE>", "<three> <three>"])] == [5, 5, 8]
     if name == "tiny_sdxl":  # in the published config the end of a text is 2, by which CLIP would take the largest id

@@ -25,8 +25,8 @@ CATS, DOGS = [Prompt("a cat"), Prompt("a black cat", {"category": "color"})], [P
 FACTS = prompt_facts(CATS, DOGS)
 
 
-def claim(config, resume: bool, facts=FACTS):
-    return claim_run_dir(config, resume, facts)
+def claim(config, resume: bool, facts=FACTS, files=None):
+    return claim_run_dir(config, resume, facts, files or {})
 
 
 @pytest.fixture
@@ -50,9 +50,9 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
-def refusal(config, resume: bool, facts=FACTS) -> str:
+def refusal(config, resume: bool, facts=FACTS, files=None) -> str:
     with pytest.raises(UserError) as caught:
-        claim(config, resume, facts)
+        claim(config, resume, facts, files)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -386,6 +386,33 @@ def test_damaged_records_of_the_prompts_are_refused(begin, make_config):
         assert refusal(make_config(), resume=True) == (
             f"--resume: {folder / 'prompts.json'} is damaged: remove it to go on with the prompts as they are now"
         )
+
+
+def test_a_run_does_not_go_on_with_other_files_than_it_began_with(make_config):
+    key, files = "model.vae.path", {"model.vae.path": "1" * 64, "dlpo.data": "2" * 64}
+    folder, _, _ = claim(make_config(), resume=False, files=files)
+    write_run(folder, status="running")
+    assert claim(make_config(), resume=True, files=files)[2]
+    before = contents(folder)
+    assert refusal(make_config(), True, files=files | {key: "3" * 64}) == (
+        f"--resume: {key}: what is there is not what the run in {folder} began with: put it back, or start a new run with "
+        "another output_dir="
+    )
+    assert contents(folder) == before
+    (folder / "files.json").write_text("[1]")
+    assert refusal(make_config(), True, files=files).startswith(f"--resume: {folder / 'files.json'} is damaged: remove it")
+    (folder / "files.json").unlink()  # as in runs of an earlier version
+    assert claim(make_config(), resume=True, files=files)[2] and json.loads((folder / "files.json").read_text()) == files
+
+
+def test_where_the_longest_prompt_has_grown_the_prompts_are_named_and_not_the_number_of_chunks(make_config):
+    folder, _, _ = claim(make_config(model={"prompt_chunks": 2}), resume=False)
+    write_run(folder, status="running")
+    longer = make_config(model={"prompt_chunks": 3})
+    assert refusal(longer, True, prompt_facts([*CATS, Prompt("a long story")], DOGS)).startswith(
+        "--resume: prompts: the prompts"
+    )
+    assert refusal(longer, True).startswith("--resume: model.prompt_chunks is 2 in ")
 
 
 def test_evaluation_prompts_that_are_trained_on_are_counted():

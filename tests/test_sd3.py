@@ -210,7 +210,7 @@ def test_a_sequence_length_is_refused_for_models_without_one(make_config) -> Non
             {"pooled_projection_dim": 20},
             "the pair of CLIPs of FOLDER gives 28 channels, its transformer takes 20",
         ),
-        ("transformer", {"in_channels": 4}, "the VAE of FOLDER gives 16 channels, its transformer takes 4 (in_channels)"),
+        ("transformer", {"in_channels": 4}, "the VAE of FOLDER gives 16 channels, the transformer takes 4 (in_channels)"),
         (
             "scheduler",
             {"_class_name": "FlowMatchHeunDiscreteScheduler"},

@@ -168,7 +168,7 @@ def edit_json(file: Path, **values) -> None:
         ("unet", {"addition_embed_type": None}, "has addition_embed_type=None, which this trainer knows nothing to give to"),
         ("unet", {"cross_attention_dim": 16}, "gives 40 channels, its UNet takes 16 (cross_attention_dim)"),
         ("unet", {"projection_class_embeddings_input_dim": 52}, "gives 60 channels, its UNet takes 52 (projection_class_"),
-        ("unet", {"in_channels": 9, "out_channels": 9}, "the VAE of FOLDER gives 4 channels, its UNet takes 9 (in_channels)"),
+        ("unet", {"in_channels": 9, "out_channels": 9}, "the VAE of FOLDER gives 4 channels, the UNet takes 9 (in_channels)"),
         ("text_encoder_2", {"projection_dim": 20}, "gives 68 channels, its UNet takes 60"),
     ],
 )

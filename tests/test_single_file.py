@@ -203,6 +203,7 @@ def test_what_is_no_whole_model_is_refused_in_one_line_that_names_the_remedy(tin
             {"path": "https://huggingface.co/a/b/blob/main/c/d.safetensors"},
             "run hf download a/b c/d.safetensors --local-dir . and",
         ),
+        ({"path": "https://huggingface.co/datasets/a/b"}, "is no model's address: give a model's"),
         ({"path": "https://huggingface.co/a/b/tree/fp16"}, "set model.path=a/b model.revision=fp16"),
     ):
         with pytest.raises(UserError) as caught:
@@ -222,7 +223,15 @@ def test_a_vae_from_elsewhere_decodes_and_is_exported(tiny_files, tmp_path):
     save({prefix + key: value for key, value in vae_names(vae).items()}, tmp_path / "prefixed.pt")
     shutil.copytree(tiny_files / "sd15_folder", tmp_path / "pipeline")
     shutil.copytree(tmp_path / "vae", tmp_path / "pipeline/vae", dirs_exist_ok=True)
+    oldest = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_out.0.": ".proj_attn."}
+    renamed = {}
+    for key, value in vae.state_dict().items():
+        for new, old in oldest.items():
+            key = key.replace(new, old)
+        renamed[key] = value
+    save(renamed, tmp_path / "oldest.safetensors")
     places = ("vae", "vae/diffusion_pytorch_model.safetensors", "bare.safetensors", "prefixed.pt", "pipeline")
+    places += ("oldest.safetensors",)
     for place in places:
         config = ModelConfig(path=str(model), vae={"path": str(tmp_path / place)})
         check_files(build_skeleton(config).parts, config.path, config)
@@ -243,7 +252,8 @@ def test_a_vae_from_elsewhere_decodes_and_is_exported(tiny_files, tmp_path):
     save({"a": torch.zeros(1)}, tmp_path / "not.safetensors")
     (tmp_path / "empty").mkdir()
     for place, says in {
-        "wide": "the VAE of", "other": "is a AsymmetricAutoencoderKL, and only a AutoencoderKL can be trained here",
+        "wide": f"model.vae.path: the VAE of {tmp_path / 'wide'} gives 8 channels, the UNet takes 4 (in_channels)",
+        "other": "is a AsymmetricAutoencoderKL, and only a AutoencoderKL can be trained here",
         "not.safetensors": "model.vae.path:", "empty": "model.vae.path:", "gone": "model.vae.path: no folder or file",
     }.items():  # fmt: skip
         config = ModelConfig(path=str(model), vae={"path": str(tmp_path / place)})

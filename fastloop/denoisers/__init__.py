@@ -81,7 +81,7 @@ def load_denoiser(config: ModelConfig, device: torch.device):
     return family(path, config).load(path, config, device)
 
 
-def ready_denoiser(config: Config, device: torch.device, adapter: bool = True, trained: bool = False):
+def ready_denoiser(config: Config, device: torch.device, adapter: bool = True, trained: bool = False, fresh: bool = True):
     """Load a model and make it ready, always in this order.
 
     Weights, the VAE's fused kernels, residence, what is trained, leaner modules, the network's fused kernels, the KL's
@@ -90,6 +90,7 @@ def ready_denoiser(config: Config, device: torch.device, adapter: bool = True, t
     Args:
         adapter: whether it has what training adds, adapters or a policy over its noise; without, it is the base model.
         trained: whether it will be trained, so that gradients may be checkpointed and a KL has its reference.
+        fresh: as for `make_trainable`.
 
     Raises:
         UserError: as `load_denoiser`, and for an adapter or blocks that do not fit the model.
@@ -100,7 +101,7 @@ def ready_denoiser(config: Config, device: torch.device, adapter: bool = True, t
     if config.memory.offload_frozen:
         denoiser.offload_frozen()
     if adapter:
-        make_trainable(denoiser, config, trained)
+        make_trainable(denoiser, config, trained, fresh)
     lighten_parts(denoiser, config.engine)
     kernels.fuse(denoiser.network, config.kernels, device)
     if trained and config.kl.weight:
@@ -108,15 +109,17 @@ def ready_denoiser(config: Config, device: torch.device, adapter: bool = True, t
     return denoiser
 
 
-def make_trainable(denoiser, config: Config, trained: bool = True) -> None:
+def make_trainable(denoiser, config: Config, trained: bool = True, fresh: bool = True) -> None:
     """Add what a run trains: adapters or gradients of all weights, or a policy over the initial noise.
 
-    ``trained``: as for `ready_denoiser`. Raises ``UserError`` where it does not fit the model.
+    ``trained``: as for `ready_denoiser`. ``fresh``: whether no saved weights come after it, so that the adapters that a run
+    starts from are read. Raises ``UserError`` where it does not fit the model.
     """
     if config.trains_noise:
         denoiser.train_noise(config.noise_policy, config.sampling, config.seed)
     else:
-        denoiser.train_adapter(config.memory.gradient_checkpointing if trained else False, seed=config.seed)
+        checkpointed = config.memory.gradient_checkpointing if trained else False
+        denoiser.train_adapter(checkpointed, seed=config.seed, fresh=fresh)
 
 
 def build_skeleton(config: ModelConfig):

@@ -62,8 +62,8 @@ class Adapters:
         """Return x_T of n prompts, float32 (n, C, H, W), for noise of N(0, I): itself, unless there is a policy over it."""
         return noise if self.noise_policy is None else self.noise_policy.sample(noise, self.features(prompts))
 
-    def train_adapter(self, gradient_checkpointing: bool | list[str], seed: int) -> None:
-        """Make trainable what the configuration says, and set the attention backend.
+    def train_adapter(self, gradient_checkpointing: bool | list[str], seed: int, fresh: bool = True) -> None:
+        """Make trainable what the configuration says, and set the attention backend; ``fresh`` as for `make_trainable`.
 
         Raises:
             UserError: LoRA targets, or blocks to checkpoint, that the network does not have; adapters to start from that do
@@ -77,7 +77,7 @@ class Adapters:
             self._add_lora(self.network_name, self.config.lora.target_modules or self.lora_targets)
             for name in self.text_encoders if self.trains_text else ():
                 self._add_lora(name, self.text_targets)
-            if (path := self.config.lora.path) is not None and not self.config.lora.fuse:
+            if fresh and (path := self.config.lora.path) is not None and not self.config.lora.fuse:
                 found = read_adapters(path, self.pipeline_class, self.network_name, self.network)
                 check_adapters(path, found, self.parts)
                 continue_adapters(path, found, self.trained_parts, ADAPTER)

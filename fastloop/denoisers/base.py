@@ -19,7 +19,8 @@ from fastloop.config import ModelConfig, SamplingConfig
 from fastloop.denoisers.adapters import Adapters
 from fastloop.denoisers.export import Export
 from fastloop.denoisers.files import read_json, read_part_config, small_files
-from fastloop.denoisers.parts import DTYPES, build_part, maker, random_part, read_part
+from fastloop.denoisers.given import given_notes
+from fastloop.denoisers.parts import DTYPES, build_part, maker, random_part, read_part, refuse_other_vae
 from fastloop.denoisers.quantised import quantise_parts
 from fastloop.denoisers.residence import Residence
 from fastloop.denoisers.texts import Text, TextEncoding
@@ -94,12 +95,7 @@ class Denoiser(TextEncoding, Adapters, Residence, Export):
         found, own = read_json(self.path, self.config, "model_index.json")["_class_name"], self.pipeline_class.__name__
         files = () if self.config.random_init else file_notes(list(self.parts), self.path, self.config)
         other = () if found == own else (f"a {found}, opened as the {own} of its parts",)
-        vae, lora = self.config.vae.path, self.config.lora
-        given = () if vae is None else (f"the VAE is that of {vae}",)
-        if lora.path is not None:
-            given += (f"adapters of {lora.path}, {'fused into the weights' if lora.fuse else 'trained on'}",)
-        chunks = self.config.prompt_chunks
-        return (*other, *files, *given, *([f"every text is encoded in {chunks} chunks"] if chunks > 1 else []))
+        return (*other, *files, *given_notes(self.config))
 
     @property
     def max_sequence_length(self) -> int | None:
@@ -114,7 +110,7 @@ class Denoiser(TextEncoding, Adapters, Residence, Export):
         return cls.text_classes
 
     @classmethod
-    def check_fit(cls, path: str, text_configs: dict[str, Any], vae, network) -> None:
+    def check_fit(cls, path: str, text_configs: dict[str, Any], network) -> None:
         """Raise ``UserError`` where what one part gives is not what the next takes, by their configs."""
         raise NotImplementedError
 
@@ -147,6 +143,7 @@ class Denoiser(TextEncoding, Adapters, Residence, Export):
     latent_channels: int
     own_latent_size: int | tuple[int, int] | None  # of the network's own picture size, or height and width
     size_unit: int  # what height and width of latents must be multiples of
+    packing = 1  # elements of the VAE's latents in one channel of the network's
 
     def prepare_network(self) -> None:
         """Lay out the network's weights as its operators want them."""
@@ -225,7 +222,9 @@ class Denoiser(TextEncoding, Adapters, Residence, Export):
             parts = {name: build_part(name, path, maker(kind), configs[name]) for name, kind in kinds.items()}
         text_encoders = {name: parts[name] for name in encoders}
         vae, network = parts["vae"], parts[cls.network_name]
-        cls.check_fit(path, {name: module.config for name, module in text_encoders.items()}, vae.config, network.config)
+        cls.check_fit(path, {name: module.config for name, module in text_encoders.items()}, network.config)
+        channels = vae.config.latent_channels, network.config.in_channels
+        refuse_other_vae(path, config, cls.network_name, *channels, cls.packing)
         cls.fuse_into({cls.network_name: network, **text_encoders}, config, network)
         for name, module in parts.items():
             module.to(cls.vae_dtype(config, vae) if name == "vae" else DTYPES[config.dtype])

@@ -69,6 +69,8 @@ def _hub_id(path: str) -> str:
     if not address:
         return path
     name, rest = address.groups()
+    if name.startswith(("datasets/", "spaces/")):
+        raise UserError(f"model.path: {path} is no model's address: give a model's, or its id OWNER/NAME")
     if file := re.fullmatch(r"(?:blob|resolve)/[^/]+/(.+)", rest or ""):
         raise UserError(
             f"model.path: {path} is the address of a file: run hf download {name} {file[1]} --local-dir . and set "

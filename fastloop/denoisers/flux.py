@@ -47,18 +47,17 @@ class Flux(TransformerDenoiser):
     long_encoder = "text_encoder_2"
     sequence_length = 512  # as the pipeline's own default
     own_latent_size = OWN_SIZE
-    size_unit = PATCH
+    size_unit, packing = PATCH, PATCH**2
 
     @classmethod
-    def check_fit(cls, path, text_configs, vae, network) -> None:
-        """Raise ``UserError`` where text encoders, VAE and transformer differ in their channels."""
+    def check_fit(cls, path, text_configs, network) -> None:
+        """Raise ``UserError`` where text encoders and transformer differ in their channels."""
         clip, t5 = text_configs.values()
         refuse_misfits(
             path,
             "transformer",
             ("text encoder", clip.hidden_size, network.pooled_projection_dim, "pooled_projection_dim"),
             ("second text encoder", t5.d_model, network.joint_attention_dim, "joint_attention_dim"),
-            ("VAE, packed,", PATCH**2 * vae.latent_channels, network.in_channels, "in_channels"),
         )
 
     @classmethod

@@ -32,7 +32,7 @@ class Klein(TransformerDenoiser):
     long_encoder = "text_encoder"
     sequence_length = 512  # as the pipeline's own default
     lora_targets = [*TransformerDenoiser.lora_targets, "to_qkv_mlp_proj", "to_out"]
-    own_latent_size = OWN_SIZE // PATCH
+    own_latent_size, packing = OWN_SIZE // PATCH, PATCH**2
     size_unit = 1
     encodes_pictures = False
 
@@ -41,8 +41,8 @@ class Klein(TransformerDenoiser):
         self.scale_factor *= PATCH  # pixels of a latent's side
 
     @classmethod
-    def check_fit(cls, path, text_configs, vae, network) -> None:
-        """Raise ``UserError`` where text encoder, VAE and transformer differ in their channels, or layers are missing."""
+    def check_fit(cls, path, text_configs, network) -> None:
+        """Raise ``UserError`` where text encoder and transformer differ in their channels, or layers are missing."""
         (encoder,) = text_configs.values()
         last, taken = LAYERS
         if encoder.num_hidden_layers < last:
@@ -58,7 +58,6 @@ class Klein(TransformerDenoiser):
                 network.joint_attention_dim,
                 "joint_attention_dim",
             ),
-            ("VAE, packed,", PATCH**2 * vae.latent_channels, network.in_channels, "in_channels"),
         )
 
     @classmethod

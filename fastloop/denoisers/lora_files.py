@@ -28,6 +28,15 @@ _OTHERS = {"dora_scale": "DoRA", "lora_magnitude_vector": "DoRA", "hada_": "LoHa
 Found = dict[str, dict[str, tuple[Tensor, Tensor]]]
 
 
+def adapters_file(path: str) -> Path:
+    """Return the file of ``model.lora.path``. Raises ``UserError`` where there is none."""
+    file = Path(path).expanduser()
+    file = file / NAME if file.is_dir() else file
+    if not file.is_file():
+        raise UserError(f"model.lora.path: no file {file}: give a .safetensors file of adapters, or a folder with {NAME}")
+    return file
+
+
 def read_adapters(path: str, pipeline_class: type, network_name: str, network: nn.Module) -> Found:
     """Read a file of adapters, with their alpha scaled into B, float32.
 
@@ -37,10 +46,7 @@ def read_adapters(path: str, pipeline_class: type, network_name: str, network: n
     Raises:
         UserError: there is none, or it holds something else than LoRA of this family.
     """
-    file = Path(path).expanduser()
-    file = file / NAME if file.is_dir() else file
-    if not file.is_file():
-        raise UserError(f"model.lora.path: no file {file}: give a .safetensors file of adapters, or a folder with {NAME}")
+    file = adapters_file(path)
     try:
         weights, metadata = read_tensors(str(file))
     except Exception as error:  # safetensors and pickle raise many kinds

@@ -42,6 +42,16 @@ def refuse_misfits(path: str, network: str, *rows: tuple[str, int, int, str]) ->
             raise UserError(f"model.path: the {what} of {path} gives {gives} channels, its {network} takes {takes} ({key})")
 
 
+def refuse_other_vae(path: str, config: ModelConfig, network: str, gives: int, takes: int, packing: int) -> None:
+    """Raise ``UserError`` where a VAE's latents, packed by so many into one, have not the channels that the network takes."""
+    if packing * gives != takes:
+        key, where = ("model.path", path) if config.vae.path is None else ("model.vae.path", config.vae.path)
+        raise UserError(
+            f"{key}: the VAE{', packed,' if packing > 1 else ''} of {where} gives {packing * gives} channels, the "
+            f"{part_title(network)} takes {takes} (in_channels)"
+        )
+
+
 def maker(kind: type):
     """Return what makes a part from the values of its config.json."""
     return kind.from_config if hasattr(kind, "from_config") else lambda values: kind(kind.config_class(**values))

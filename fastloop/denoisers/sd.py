@@ -26,14 +26,13 @@ class StableDiffusion(UNetDenoiser):
     absent = {**dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder")), "requires_safety_checker": False}
 
     @classmethod
-    def check_fit(cls, path, text_configs, vae, network) -> None:
-        """Raise ``UserError`` where text encoder, VAE and UNet do not fit, or the UNet takes more than a text."""
+    def check_fit(cls, path, text_configs, network) -> None:
+        """Raise ``UserError`` where text encoder and UNet do not fit, or the UNet takes more than a text."""
         cls.refuse_other_unets(path, network)
         refuse_misfits(
             path,
             "UNet",
             ("text encoder", text_configs["text_encoder"].hidden_size, network.cross_attention_dim, "cross_attention_dim"),
-            ("VAE", vae.latent_channels, network.in_channels, "in_channels"),
         )
 
     @classmethod

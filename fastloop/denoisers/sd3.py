@@ -42,8 +42,8 @@ class StableDiffusion3(TransformerDenoiser):
         return {name: kind for name, kind in cls.text_classes.items() if name != T5 or not absent}
 
     @classmethod
-    def check_fit(cls, path, text_configs, vae, network) -> None:
-        """Raise ``UserError`` where text encoders, VAE and transformer differ in their channels."""
+    def check_fit(cls, path, text_configs, network) -> None:
+        """Raise ``UserError`` where text encoders and transformer differ in their channels."""
         clips = [text_configs[name] for name in cls.text_classes if name != T5]
         pooled, width = (sum(getattr(clip, key) for clip in clips) for key in ("projection_dim", "hidden_size"))
         wide = network.joint_attention_dim
@@ -54,7 +54,6 @@ class StableDiffusion3(TransformerDenoiser):
             ("pair of CLIPs", pooled, network.pooled_projection_dim, "pooled_projection_dim"),
             ("pair of CLIPs", width, min(width, wide), "joint_attention_dim"),
             *t5,
-            ("VAE", vae.latent_channels, network.in_channels, "in_channels"),
         )
 
     @classmethod

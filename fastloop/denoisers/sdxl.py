@@ -49,8 +49,8 @@ class StableDiffusionXL(UNetDenoiser):
     known_embeddings = {"addition_embed_type": "text_time"}
 
     @classmethod
-    def check_fit(cls, path, text_configs, vae, network) -> None:
-        """Raise ``UserError`` where text encoders, sizes, VAE and UNet do not fit, or the UNet takes no sizes."""
+    def check_fit(cls, path, text_configs, network) -> None:
+        """Raise ``UserError`` where text encoders, sizes and UNet do not fit, or the UNet takes no sizes."""
         cls.refuse_other_unets(path, network)
         first, second = text_configs.values()
         pooled = TIME_IDS * network.addition_time_embed_dim + second.projection_dim
@@ -69,7 +69,6 @@ class StableDiffusionXL(UNetDenoiser):
                 network.projection_class_embeddings_input_dim,
                 "projection_class_embeddings_input_dim",
             ),
-            ("VAE", vae.latent_channels, network.in_channels, "in_channels"),
         )
 
     @cached_property

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import shutil
 import tempfile
 import zipfile
@@ -40,6 +41,8 @@ _PADS = {  # tokenizers of an architecture, with the token that fills up texts
     "sdxl": {"tokenizer": "<|endoftext|>", "tokenizer_2": "!"},
 }
 _CONVERTERS = {"unet": convert_ldm_unet_checkpoint, "vae": convert_ldm_vae_checkpoint}
+_SINCE = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}  # of a VAE's attention
+_OLDEST = re.compile("|".join(map(re.escape, _SINCE)))
 # of the model's metadata, https://github.com/Stability-AI/ModelSpec
 _PREDICTIONS = {"epsilon": "epsilon", "v": "v_prediction"}
 _POINTER = b"version https://git-lfs"
@@ -172,8 +175,10 @@ def read_single_part(name: str, kind: type, path: str, values: dict, folder: Pat
 
 
 def _converted(name: str, weights: dict[str, torch.Tensor], values: dict) -> dict[str, torch.Tensor]:
-    """Weights with diffusers' names, which a VAE's own file may have already."""
-    return weights if any(".mid_block." in key for key in weights) else _CONVERTERS[name](weights, values)
+    """Weights with diffusers' names, which a VAE's own file may have already, or their oldest ones."""
+    if not any(".mid_block." in key for key in weights):
+        return _CONVERTERS[name](weights, values)
+    return {_OLDEST.sub(lambda match: _SINCE[match[0]], key): value for key, value in weights.items()}
 
 
 def _is_of(part: str, key: str) -> bool:

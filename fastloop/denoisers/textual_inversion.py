@@ -64,17 +64,23 @@ def _add(key: str, word: str, vectors: torch.Tensor, tokenizer: PreTrainedTokeni
             encoder.get_input_embeddings().weight[tokenizer.convert_tokens_to_ids(tokens)] = vectors.to(encoder.dtype)
 
 
+def vectors_file(key: str, path: str) -> Path:
+    """Return the file with the vectors of a word. Raises ``UserError`` where there is none."""
+    file = Path(path).expanduser()
+    if file.is_dir():
+        file = next((file / name for name in NAMES if (file / name).exists()), file / NAMES[0])
+    if not file.is_file():
+        raise UserError(f"{key}: no file {file}: give a file of vectors, or a folder with {NAMES[0]}")
+    return file
+
+
 def _widths(found: list[torch.Tensor]) -> str:
     return ", ".join(str(vectors.shape[1]) for vectors in found)
 
 
 def _vectors(key: str, word: str, path: str) -> list[torch.Tensor]:
     """The tables of vectors that a file has for a word, (n, width), one for each text encoder."""
-    file = Path(path).expanduser()
-    if file.is_dir():
-        file = next((file / name for name in NAMES if (file / name).exists()), file / NAMES[0])
-    if not file.is_file():
-        raise UserError(f"{key}: no file {file}: give a file of vectors, or a folder with {NAMES[0]}")
+    file = vectors_file(key, path)
     try:
         of_tensors = file.suffix.lower() == ".safetensors"
         held = load_file(file) if of_tensors else torch.load(file, map_location="cpu", weights_only=True)
