@@ -31,7 +31,11 @@ class Algorithm:
         return {key: getattr(self, key) for key in keys}
 
 
-FAST = {"ema": {"decay": 0.95}, "optimizer": {"schedule": "linear", "max_grad_norm": 1e-5}}
+FAST = {
+    "ema": {"decay": 0.95},
+    "optimizer": {"schedule": "linear", "max_grad_norm": 1e-5},
+    "forward": {"max_error_growth": 1.15},
+}
 
 # a deterministic sampler, so that a picture follows from its initial noise
 NOISE = {"sampling": {"eta": 0.0}, "kl": {"weight": 3e-4}, "optimizer": {"lr": 1e-3, "weight_decay": 0.0}}

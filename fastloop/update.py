@@ -13,7 +13,7 @@ from fastloop import kernels
 from fastloop.batches import Batches, Rows, micro_batches, shuffled, step_weights
 from fastloop.config import Config
 from fastloop.errors import RunFailed
-from fastloop.forward import ForwardProcess
+from fastloop.forward import ForwardProcess, Restraint
 from fastloop.kernels.reference import STATISTICS, MicroBatch, PolicyTerms
 from fastloop.losses import micro_batch_loss, update_sampling
 from fastloop.objectives import OBJECTIVES, kl_factors
@@ -38,6 +38,7 @@ class PolicyUpdate:
 
     Attributes:
         skipped: non-finite updates in a row so far, which loss scaling left out.
+        restraint: of negative advantages, where ``forward.max_error_growth`` asks for it.
     """
 
     def __init__(
@@ -59,9 +60,10 @@ class PolicyUpdate:
         self.rows, self.batches = Rows.of(config.images_per_rollout, steps), Batches(config, steps, ranks.world)
         self.skipped = 0
         self.penalty = DenoisingPenalty(config, denoiser, table.schedule, self.ops) if config.dlpo.beta else None
-        self.forward = None  # where rows are steps of the sampler
+        self.forward = self.restraint = None  # where rows are steps of the sampler
         if not OBJECTIVES[config.objective].stored_steps:
             self.forward = ForwardProcess(config, table.schedule, self.ops, self.device)
+            self.restraint = Restraint(config.forward.max_error_growth) if config.forward.max_error_growth else None
             return
         columns = {"a": table.a, "b": table.b, "sigma": table.sigma, "weight": step_weights(table, steps, config)}
         columns["kl"] = kl_factors(table, config.kl.form)
@@ -89,7 +91,9 @@ class PolicyUpdate:
         rng = np.random.default_rng([config.seed, iteration])
         lr = config.optimizer.lr_at(iteration, config.iterations)
         self.engine.set_lr(lr)
-        updates = []
+        updates, restrained = [], self.restraint is not None and self.restraint.acts
+        if restrained:
+            advantages = advantages.clamp(min=0)
         for _ in range(config.passes_per_rollout):
             order = shuffled(rng, all_rows, config.timestep_fraction)
             updates += np.array_split(order, config.updates_per_rollout // config.passes_per_rollout)
@@ -129,6 +133,8 @@ class PolicyUpdate:
             "policy/lr": lr,
             "policy/loss": sum(of_update["loss"] for of_update in found) / total,
         }
+        if self.restraint is not None:
+            metrics["policy/restrained"] = float(restrained)
         if not ran:
             return metrics
         if config.kl.weight:
@@ -137,7 +143,10 @@ class PolicyUpdate:
             metrics["policy/denoising_loss"] = sum(update["denoising_loss"] for update in found) / sum(map(len, ran))
         if self.forward is None:
             return metrics | _ratio_metrics(found, [len(rows) for rows in ran])
-        return metrics | _denoising_metrics(found, of_row[np.concatenate(ran)])
+        metrics |= _denoising_metrics(found, of_row[np.concatenate(ran)])
+        if self.restraint is not None and "policy/denoising_loss_better" in metrics:
+            self.restraint.add(metrics["policy/denoising_loss_better"])
+        return metrics
 
     def add_gradients(
         self,

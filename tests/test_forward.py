@@ -11,7 +11,7 @@ import torch
 from recorded import begin, record_pairs, record_steps, same, weights
 
 from fastloop.errors import UserError
-from fastloop.forward import ForwardProcess
+from fastloop.forward import ForwardProcess, Restraint
 from fastloop.kernels import reference
 from fastloop.plan import plan
 from fastloop.preflight import preflight
@@ -211,3 +211,37 @@ def test_what_the_objective_or_the_model_cannot_do_is_refused_before_it_loads(ma
         make_config(sampling={"eta": 0.0})
     with pytest.raises(UserError, match="forward.window: ends at 1000, the model's timesteps at 999: lower it"):
         preflight(make_config(algorithm="loop_forward", forward={"window": [250, 1000]}))
+
+
+# --- the restraint ----------------------------------------------------------------------------------------------------
+
+
+def test_negative_advantages_are_left_out_while_the_error_is_over_its_bound_and_a_resumed_run_knows_it(train, monkeypatch):
+    """With spans of 2 and 1 it acts where the last error is over the mean of the first two, which the rows say as well."""
+    monkeypatch.setattr(Restraint, "FIRST", 2)
+    monkeypatch.setattr(Restraint, "LAST", 1)
+    bound = {"forward": FORWARD["forward"] | {"max_error_growth": 1.0}, "optimizer": {"lr": 0.02}}
+    whole = train(**FORWARD | bound, iterations=8)
+    rows = read_rows(whole.folder / "metrics.jsonl")
+    errors = [row["policy/denoising_loss_better"] for row in rows]
+    acts = [i >= 2 and errors[i - 1] > sum(errors[:2]) / 2 for i in range(8)]
+    assert [row["policy/restrained"] == 1 for row in rows] == acts and 0 < sum(acts) < 6
+    for row, acted in zip(rows, acts, strict=True):
+        assert ("policy/denoising_loss_worse" not in row) == acted and (row["policy/pairs_skipped"] > 0 or not acted)
+    half = train(**FORWARD | bound, iterations=4)
+    again = Trainer(half.config.model_copy(update={"iterations": 8}), resume=True)
+    again.train()
+    assert same(weights(again), weights(whole))
+    assert [row["policy/restrained"] for row in read_rows(again.folder / "metrics.jsonl")] == [float(acted) for acted in acts]
+
+
+def test_the_restraint_holds_the_last_5_errors_against_the_first_20():
+    restraint = Restraint(1.4)
+    for error in [1.0] * 19 + [3.0]:
+        restraint.add(error)
+        assert not restraint.acts or len(restraint.first) == 20
+    assert not restraint.acts  # 7 / 5 against 1.4 times 22 / 20
+    for error, acts in ((2.0, True), (1.0, True), (0.0, False), (2.0, True)):
+        restraint.add(error)
+        assert restraint.acts == acts, restraint.last
+    assert len(restraint.first) == 20 and len(restraint.last) == 5

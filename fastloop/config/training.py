@@ -26,6 +26,11 @@ class ForwardConfig(Strict):
     window: tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]] = Field(
         (250, 980), description="first and last timestep of the model's own schedule that a level may have"
     )
+    max_error_growth: Annotated[float, Field(ge=1)] | None = Field(
+        None,
+        description="negative advantages are left out while the better images of the last 5 iterations are denoised with more "
+        "than so many times the error of the first 20, which brings the model back to what it draws; null: never",
+    )
 
 
 class DlpoConfig(Strict):
