@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 from sample_efficiency import over_seeds
 from short_runs import RATE, ShortRuns, carry_out
-from time_to_score import FAST, GROUPS, LEVERS, RESTRAINED, UNRESTRAINED, Recipe, parser_of
+from time_to_score import FAST, GROUPS, KL, LEVERS, NO_KL, Recipe, parser_of
 from time_to_score_tables import COLORS, markdown
 
 CALLS = "memory.update_batch=20"  # where fewer rows are left of an update, calls that are not filled up with copies
@@ -54,9 +54,10 @@ VARIANTS: dict[str, tuple[tuple[str, ...], dict[str, tuple[str, ...]]]] = {  # b
         },
     ),
     "LOOP fast": (
-        ("algorithm=loop_fast", *FAST, RESTRAINED, f"{RATE}=6e-3"),
+        ("algorithm=loop_fast", *FAST, *KL, f"{RATE}=6e-3"),
         {
-            "negative advantages always": (UNRESTRAINED,),
+            "no KL": NO_KL,
+            "KL in every iteration": ("kl.every=1",),
             "constant rate": ("optimizer.schedule=constant",),
             "no averaged weights": ("ema.decay=null",),
             "gradients as they are": ("optimizer.max_grad_norm=1",),

@@ -61,7 +61,7 @@ GROUPS = ("images_per_prompt=4", "prompts_per_step=16")
 PUBLISHED = ("last_steps.drop=0", "clip_range=1.0e-4", "optimizer.schedule=constant", "ema.decay=null")
 OF_TRL = ("model.lora.rank=4", "memory.rollout_batch=32", "memory.update_batch=32")  # its rank; batches that divide updates
 FAST = ("images_per_prompt=8", "prompts_per_step=2", "last_steps.drop=0")  # and what algorithm=loop_fast brings,
-RESTRAINED, UNRESTRAINED = (f"forward.max_error_growth={bound}" for bound in (1.15, "null"))  # the first of these too
+KL, NO_KL = ("kl.weight=0.15", "kl.of_advantages=true", "kl.every=4"), ("kl.weight=0",)  # the first of these too
 OF_DPOK = ("timestep_fraction=0.5", "value.lr=1.0e-3", "value.updates=10")  # half of two rollouts; V learns in 50, not 2,000
 LEVERS = ("last_steps.drop=3", "clip_range=1.0e-3", "optimizer.schedule=linear", "ema.decay=0.95")
 
@@ -82,8 +82,8 @@ RECIPES = {
     "RLOO": Recipe(("algorithm=rloo", *GROUPS, *PUBLISHED)),
     "GRPO": Recipe(("algorithm=grpo", *GROUPS, *PUBLISHED)),
     "LOOP": Recipe(("algorithm=loop", *GROUPS, *PUBLISHED)),
-    "LOOP fast": Recipe(("algorithm=loop_fast", *FAST, RESTRAINED)),
-    "LOOP fast, unrestrained": Recipe(("algorithm=loop_fast", *FAST, UNRESTRAINED)),
+    "LOOP fast": Recipe(("algorithm=loop_fast", *FAST, *KL)),
+    "LOOP fast, no KL": Recipe(("algorithm=loop_fast", *FAST, *NO_KL)),
     "DPOK": Recipe(("algorithm=dpok", *SINGLES, *PUBLISHED, *OF_DPOK)),
     "DLPO": Recipe(("algorithm=dlpo", *GROUPS, *PUBLISHED)),
 }

@@ -34,7 +34,7 @@ class Algorithm:
 FAST = {
     "ema": {"decay": 0.95},
     "optimizer": {"schedule": "linear", "max_grad_norm": 1e-5},
-    "forward": {"max_error_growth": 1.15},
+    "kl": {"weight": 0.15, "of_advantages": True, "every": 4},
 }
 
 # a deterministic sampler, so that a picture follows from its initial noise

@@ -22,36 +22,6 @@ STREAM = 1 << 33  # training seeds have 32 bits, and evaluations the 33rd: no ro
 _WORD = 1 << 32
 
 
-class Restraint:
-    """Says when negative advantages are to be left out: while the model denoises its own better images worse than at first.
-
-    They push predictions away from what the model draws, without a bound, and a model that no longer knows its own pictures
-    collapses. Positive ones alone bring it back.
-
-    Attributes:
-        first, last: mean errors d of images with a positive advantage, of the first 20 iterations that had any and the last 5.
-    """
-
-    FIRST, LAST = 20, 5
-
-    def __init__(self, max_growth: float) -> None:
-        self.max_growth = max_growth
-        self.first: list[float] = []
-        self.last: list[float] = []
-
-    def add(self, error: float) -> None:
-        """Take the error of an iteration."""
-        self.first += [error] if len(self.first) < self.FIRST else []
-        self.last = [*self.last, error][-self.LAST :]
-
-    @property
-    def acts(self) -> bool:
-        """Whether the next update is without negative advantages."""
-        if len(self.first) < self.FIRST:
-            return False
-        return sum(self.last) / self.LAST > self.max_growth * sum(self.first) / self.FIRST
-
-
 class ForwardProcess:
     """Makes rows of final latents, each at one of ``forward.levels`` noise levels.
 

@@ -118,7 +118,7 @@ def _update_lines(batches: Batches) -> list[str]:
         f"{' or '.join(map(str, sorted(set(batches.update_rows))))} pairs, each in "
         f"{micro} micro-batch{'es' if micro > 1 else ''} of {batches.update}{_copies(batches.rows_of_rank, batches.update)}",
         f"work         per image: {rollout_forwards} forwards in the rollout, {update_forwards} forwards and backwards "
-        f"in the updates",
+        f"in the updates{f', {update_forwards / config.kl.every:g} forwards for the KL' if config.kl.weight else ''}",
     ]
 
 
@@ -192,7 +192,7 @@ def network_seconds(batches: Batches, it_per_s: float) -> tuple[float, float]:
     branches = update_sampling(config).branches + config.dlpo.gradient
     update = trained * config.updates_per_rollout * branches * (1 + backward) / it_per_s
     if config.kl.weight:
-        update *= (2 + backward) / (1 + backward)
+        update *= (1 + 1 / config.kl.every + backward) / (1 + backward)
     return rollout, update
 
 

@@ -161,6 +161,9 @@ def _of_noise(config: Config) -> str | None:
         return f"sampling.noise_steps: {one}"
     if config.kl.form != "gaussian":
         return f"kl.form: {config.kl.form}, but with algorithm=noise_ppo the KL is that of two Gaussians: set it to gaussian"
+    for key in ("every", "of_advantages"):
+        if getattr(config.kl, key) != type(config.kl).model_fields[key].default:
+            return f"kl.{key}: algorithm=noise_ppo has the KL of its policy in every update, as it is: leave it out"
     if config.engine.name != "torch":
         return "engine.name: algorithm=noise_ppo has no gradients of the model to share out: set it to torch, on any ranks"
     if config.memory.automatic:

@@ -152,9 +152,7 @@ class Trainer(TrainingRun):
     # --- checkpoints and export ------------------------------------------------------------------------------------------
 
     def _own_state(self) -> dict[str, Any]:
-        restraint = self.update.restraint
-        kept = {} if restraint is None else {"denoising_errors": {"first": restraint.first, "last": restraint.last}}
-        return {"skipped": self.update.skipped} | kept
+        return {"skipped": self.update.skipped}
 
     def _save_part(self, folder: Path) -> Any:
         if self.replay:
@@ -163,8 +161,6 @@ class Trainer(TrainingRun):
 
     def _restore_own(self, checkpoint: Path, state: dict[str, Any]) -> None:
         self.update.skipped = state["skipped"]
-        if (errors := state.get("denoising_errors")) and self.update.restraint:
-            self.update.restraint.first, self.update.restraint.last = errors["first"], errors["last"]
         if self.replay:
             self.replay.load(checkpoint, self.device, self.config.memory.trajectories == "host")
 

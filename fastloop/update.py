@@ -13,9 +13,9 @@ from fastloop import kernels
 from fastloop.batches import Batches, Rows, micro_batches, shuffled, step_weights
 from fastloop.config import Config
 from fastloop.errors import RunFailed
-from fastloop.forward import ForwardProcess, Restraint
+from fastloop.forward import ForwardProcess
 from fastloop.kernels.reference import STATISTICS, MicroBatch, PolicyTerms
-from fastloop.losses import micro_batch_loss, update_sampling
+from fastloop.losses import micro_batch_loss, update_sampling, weight_of_kl
 from fastloop.objectives import OBJECTIVES, kl_factors
 from fastloop.observer import UNOBSERVED, Observer
 from fastloop.optimizers import Ema
@@ -38,7 +38,7 @@ class PolicyUpdate:
 
     Attributes:
         skipped: non-finite updates in a row so far, which loss scaling left out.
-        restraint: of negative advantages, where ``forward.max_error_growth`` asks for it.
+        kl_weight: of the rollout that is trained on.
     """
 
     def __init__(
@@ -58,12 +58,11 @@ class PolicyUpdate:
         self.device = denoiser.device
         self.ops = kernels.backend(config.kernels, self.device)
         self.rows, self.batches = Rows.of(config.images_per_rollout, steps), Batches(config, steps, ranks.world)
-        self.skipped = 0
+        self.skipped, self.kl_weight = 0, config.kl.weight
         self.penalty = DenoisingPenalty(config, denoiser, table.schedule, self.ops) if config.dlpo.beta else None
-        self.forward = self.restraint = None  # where rows are steps of the sampler
+        self.forward = None  # where rows are steps of the sampler
         if not OBJECTIVES[config.objective].stored_steps:
             self.forward = ForwardProcess(config, table.schedule, self.ops, self.device)
-            self.restraint = Restraint(config.forward.max_error_growth) if config.forward.max_error_growth else None
             return
         columns = {"a": table.a, "b": table.b, "sigma": table.sigma, "weight": step_weights(table, steps, config)}
         columns["kl"] = kl_factors(table, config.kl.form)
@@ -91,16 +90,15 @@ class PolicyUpdate:
         rng = np.random.default_rng([config.seed, iteration])
         lr = config.optimizer.lr_at(iteration, config.iterations)
         self.engine.set_lr(lr)
-        updates, restrained = [], self.restraint is not None and self.restraint.acts
-        if restrained:
-            advantages = advantages.clamp(min=0)
+        updates = []
         for _ in range(config.passes_per_rollout):
             order = shuffled(rng, all_rows, config.timestep_fraction)
             updates += np.array_split(order, config.updates_per_rollout // config.passes_per_rollout)
         of_row = advantages.cpu()
         if len(of_row) != len(all_rows):
             of_row = of_row[all_rows.trajectory]
-        teaches = (of_row != 0).numpy() | (config.kl.weight > 0) | config.dlpo.gradient
+        self.kl_weight = weight_of_kl(config.kl, of_row, iteration)
+        teaches = (of_row != 0).numpy() | (self.kl_weight > 0) | config.dlpo.gradient
         transitions = trajectories.transitions(self.steps)
         own = of_row[all_rows.own(self.ranks, n)].to(self.device)
         text = Texts(self.denoiser, trajectories.prompts, update_sampling(config))
@@ -108,7 +106,7 @@ class PolicyUpdate:
             *STATISTICS,
             "loss",
             *([] if self.forward is None else DENOISING),
-            *(["kl_reference"] if config.kl.weight else []),
+            *(["kl_reference"] if self.kl_weight else []),
             *(["denoising_loss"] if config.dlpo.gradient else []),
         ]
         found, norms, ran = [], [], []  # of each update that took a step: statistics, gradient norm, rows
@@ -133,20 +131,15 @@ class PolicyUpdate:
             "policy/lr": lr,
             "policy/loss": sum(of_update["loss"] for of_update in found) / total,
         }
-        if self.restraint is not None:
-            metrics["policy/restrained"] = float(restrained)
         if not ran:
             return metrics
-        if config.kl.weight:
+        if self.kl_weight:
             metrics["policy/kl_reference"] = sum(update["kl_reference"] for update in found) / sum(map(len, ran))
         if config.dlpo.gradient:
             metrics["policy/denoising_loss"] = sum(update["denoising_loss"] for update in found) / sum(map(len, ran))
         if self.forward is None:
             return metrics | _ratio_metrics(found, [len(rows) for rows in ran])
-        metrics |= _denoising_metrics(found, of_row[np.concatenate(ran)])
-        if self.restraint is not None and "policy/denoising_loss_better" in metrics:
-            self.restraint.add(metrics["policy/denoising_loss_better"])
-        return metrics
+        return metrics | _denoising_metrics(found, of_row[np.concatenate(ran)])
 
     def add_gradients(
         self,
@@ -206,7 +199,8 @@ class PolicyUpdate:
                 latents = self.penalty.pictures([text.prompts[k] for k in places], numbers)
             noised = self.penalty.rows(latents, number)
         full = full or self.batches.update
-        return micro_batch_loss(self.denoiser, self.ops, self.config, batch, *text.of(at), full, noised)
+        of_batch = (batch, *text.of(at), full, noised, self.kl_weight)
+        return micro_batch_loss(self.denoiser, self.ops, self.config, *of_batch)
 
     def check_replay(self, trajectories: Trajectories) -> float:
         """Replay the first rollout batch of each rank as it was sampled: every ratio must be 1. Returns max |ratio - 1|.

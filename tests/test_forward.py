@@ -10,9 +10,11 @@ import pytest
 import torch
 from recorded import begin, record_pairs, record_steps, same, weights
 
+from fastloop.config.training import KlConfig
 from fastloop.errors import UserError
-from fastloop.forward import ForwardProcess, Restraint
+from fastloop.forward import ForwardProcess
 from fastloop.kernels import reference
+from fastloop.losses import weight_of_kl
 from fastloop.plan import plan
 from fastloop.preflight import preflight
 from fastloop.report import write_report
@@ -213,35 +215,24 @@ def test_what_the_objective_or_the_model_cannot_do_is_refused_before_it_loads(ma
         preflight(make_config(algorithm="loop_forward", forward={"window": [250, 1000]}))
 
 
-# --- the restraint ----------------------------------------------------------------------------------------------------
-
-
-def test_negative_advantages_are_left_out_while_the_error_is_over_its_bound_and_a_resumed_run_knows_it(train, monkeypatch):
-    """With spans of 2 and 1 it acts where the last error is over the mean of the first two, which the rows say as well."""
-    monkeypatch.setattr(Restraint, "FIRST", 2)
-    monkeypatch.setattr(Restraint, "LAST", 1)
-    bound = {"forward": FORWARD["forward"] | {"max_error_growth": 1.0}, "optimizer": {"lr": 0.02}}
-    whole = train(**FORWARD | bound, iterations=8)
+def test_loop_fast_has_a_kl_in_every_fourth_iteration_in_units_of_the_advantages(train, make_config):
+    own = make_config(algorithm="loop_fast").kl
+    assert (own.weight, own.of_advantages, own.every) == (0.15, True, 4)
+    constant = {"algorithm": "loop_fast", "optimizer": {"schedule": "constant"}}
+    whole = train(**constant, iterations=6)
     rows = read_rows(whole.folder / "metrics.jsonl")
-    errors = [row["policy/denoising_loss_better"] for row in rows]
-    acts = [i >= 2 and errors[i - 1] > sum(errors[:2]) / 2 for i in range(8)]
-    assert [row["policy/restrained"] == 1 for row in rows] == acts and 0 < sum(acts) < 6
-    for row, acted in zip(rows, acts, strict=True):
-        assert ("policy/denoising_loss_worse" not in row) == acted and (row["policy/pairs_skipped"] > 0 or not acted)
-    half = train(**FORWARD | bound, iterations=4)
-    again = Trainer(half.config.model_copy(update={"iterations": 8}), resume=True)
+    assert ["policy/kl_reference" in row for row in rows] == [True, False, False, False, True, False]
+    half = train(**constant, iterations=3)
+    again = Trainer(half.config.model_copy(update={"iterations": 6}), resume=True)
     again.train()
     assert same(weights(again), weights(whole))
-    assert [row["policy/restrained"] for row in read_rows(again.folder / "metrics.jsonl")] == [float(acted) for acted in acts]
 
 
-def test_the_restraint_holds_the_last_5_errors_against_the_first_20():
-    restraint = Restraint(1.4)
-    for error in [1.0] * 19 + [3.0]:
-        restraint.add(error)
-        assert not restraint.acts or len(restraint.first) == 20
-    assert not restraint.acts  # 7 / 5 against 1.4 times 22 / 20
-    for error, acts in ((2.0, True), (1.0, True), (0.0, False), (2.0, True)):
-        restraint.add(error)
-        assert restraint.acts == acts, restraint.last
-    assert len(restraint.first) == 20 and len(restraint.last) == 5
+def test_the_weight_of_a_kl_follows_the_advantages_and_the_iterations_that_have_none():
+    advantages = torch.tensor([1.0, -3.0, 0.0, 0.0])
+    assert weight_of_kl(KlConfig(weight=0.2), advantages, 7) == 0.2
+    every = KlConfig(weight=0.2, every=3)
+    assert [weight_of_kl(every, advantages, i) for i in range(4)] == [pytest.approx(0.6), 0, 0, pytest.approx(0.6)]
+    assert weight_of_kl(KlConfig(weight=0.2, every=3, of_advantages=True), advantages, 3) == pytest.approx(0.6)  # mean |A| = 1
+    assert weight_of_kl(KlConfig(weight=0.2, of_advantages=True), 10 * advantages, 0) == pytest.approx(2.0)
+    assert weight_of_kl(KlConfig(weight=0.2, of_advantages=True), 0 * advantages, 0) == 0

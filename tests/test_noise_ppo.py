@@ -242,6 +242,7 @@ def test_the_plan_has_no_updates_of_the_model(make_config, monkeypatch):
             {"kl": {"form": "epsilon"}},
             "kl.form: epsilon, but with algorithm=noise_ppo the KL is that of two Gaussians: set it",
         ),
+        ({"kl": {"every": 2}}, "kl.every: algorithm=noise_ppo has the KL of its policy in every update"),
         ({"engine": {"name": "deepspeed"}}, "engine.name: algorithm=noise_ppo has no gradients of the model to share out"),
         (
             {"memory": {"rollout_batch": "auto"}},

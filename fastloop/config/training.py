@@ -26,11 +26,6 @@ class ForwardConfig(Strict):
     window: tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]] = Field(
         (250, 980), description="first and last timestep of the model's own schedule that a level may have"
     )
-    max_error_growth: Annotated[float, Field(ge=1)] | None = Field(
-        None,
-        description="negative advantages are left out while the better images of the last 5 iterations are denoised with more "
-        "than so many times the error of the first 20, which brings the model back to what it draws; null: never",
-    )
 
 
 class DlpoConfig(Strict):
@@ -94,6 +89,15 @@ class KlConfig(Strict):
         "gaussian",
         description="the KL of the step's two Gaussians, or DPOK's squared distance of the two predicted noises, which is "
         "2 sigma^2 em^2 / b^2 times as much",
+    )
+    of_advantages: bool = Field(
+        False,
+        description="whether `weight` counts in the mean size of a rollout's advantages, and so follows the reward's unit",
+    )
+    every: Positive = Field(
+        1,
+        description="iterations from one whose updates have the KL to the next, with so many times the weight, which saves "
+        "forwards (lazy regularisation, as StyleGAN2's)",
     )
 
 
