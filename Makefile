@@ -6,7 +6,7 @@ PYTORCH_CPU = https://download.pytorch.org/whl/cpu
 
 .PHONY: demo test lint bench clean
 
-demo: $(VENV)/.installed  ## fine-tune the bundled model with LOOP: about 8 minutes on 2 CPU cores
+demo: $(VENV)/.installed  ## fine-tune the bundled model: about 8 minutes on 2 CPU cores
 	$(VENV)/bin/fastloop train configs/shapes_demo.yaml --resume
 
 test: lint  ## what CI runs
