@@ -85,7 +85,8 @@ def claim_run_dir(
     changed = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key) and not key.startswith(MAY_CHANGE)]
     if changed in ([], ["model.prompt_chunks"]):  # which follows from the prompts
         _check_prompts(folder, config, prompts)
-    for key in changed:
+    if changed:
+        key = changed[0]
         raise UserError(
             f"--resume: {key} is {before.get(key)!r} in {existing} and {now.get(key)!r} now: "
             "set it back, or start a new run with another output_dir="
