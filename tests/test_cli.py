@@ -515,7 +515,7 @@ def begun(recipe, make_config) -> Path:
     """The folder of the recipe's run, begun and killed before its first checkpoint."""
     config = make_config(iterations=1, output_dir="run")
     facts = prompt_facts(load_prompts(config.prompts), load_prompts(config.eval.prompts, "eval.prompts"))
-    folder, _, _ = claim_run_dir(config, False, facts)
+    folder, _, _ = claim_run_dir(config, False, facts, {})
     write_run(folder, status="running")
     return folder
 
