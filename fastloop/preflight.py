@@ -133,7 +133,8 @@ def preflight(config: Config, ranks: Ranks = ALONE, resume: bool = False, gpu: b
     tokenizers = skeleton.read_tokenizers(skeleton.path, config.model, skeleton.text_encoders)
     config = _with_chunks(config, skeleton, [prompt.text for prompt in (*prompts, *eval_prompts)], tokenizers)
     cut = _cut_lines(config, skeleton, {"prompts": prompts, "eval.prompts": eval_prompts}, tokenizers)
-    make_trainable(skeleton, config, fresh=not (resume and ranks.from_main(lambda: _checkpoints(config))))
+    checkpoints = Path(config.output_dir).expanduser() / "checkpoints"
+    make_trainable(skeleton, config, fresh=not (resume and ranks.from_main(lambda: list_checkpoints(checkpoints))))
     texts = distinct_texts(config, prompts, eval_prompts)
     config, chosen, traced = _settle(config, skeleton, steps_trained, texts, device, ranks, earlier, gpu)
     if config.engine.name == "deepspeed":
@@ -187,10 +188,6 @@ def _cut_lines(config: Config, skeleton: Denoiser, lists: dict[str, list[Prompt]
             raise UserError(f"{key}.too_long: {said}: shorten them, or set it to warn or chunk")
         lines.append(f"{key}: {said}")
     return lines
-
-
-def _checkpoints(config: Config) -> list[Path]:
-    return list_checkpoints(Path(config.output_dir).expanduser() / "checkpoints")
 
 
 def _earlier(config: Config, ranks: Ranks) -> Config | None:

@@ -199,8 +199,8 @@ class PolicyUpdate:
                 latents = self.penalty.pictures([text.prompts[k] for k in places], numbers)
             noised = self.penalty.rows(latents, number)
         full = full or self.batches.update
-        of_batch = (batch, *text.of(at), full, noised, self.kl_weight)
-        return micro_batch_loss(self.denoiser, self.ops, self.config, *of_batch)
+        given = (self.denoiser, self.ops, self.config, batch, *text.of(at))
+        return micro_batch_loss(*given, full, noised, self.kl_weight)
 
     def check_replay(self, trajectories: Trajectories) -> float:
         """Replay the first rollout batch of each rank as it was sampled: every ratio must be 1. Returns max |ratio - 1|.
