@@ -9,12 +9,14 @@ PPO with the same engineering as LOOP fast is a second target.
 
 - Spent: forwards of one row of the UNet, into which all else is converted (bench/forward_equivalents.py), and CPU seconds of
   iterations. Evaluations, checkpoints and loading do not count.
-- Tasks: `color`, the category of the demo, and `mix`, all five. Training draws without guidance.
+- Tasks: `color`, the category of the demo, and `mix`, all five. Training draws without guidance. `guided`, which is not
+  among the default ones, is `color` with guidance 3 and 10 steps in training, and needs a budget of its own.
 - Evaluations, all at the same moments, on the same held-out prompts and noise: `plain` as DDPO samples, and `guided` as
-  the model's users draw, with guidance 3 and the deterministic solver in 10 steps. Each has a target of its own.
+  the model's users draw, with guidance 3 and the deterministic solver in 10 steps. Each has a target of its own. The task
+  `guided` has the second alone.
 - Search: every recipe without an `optimizer.lr` of its own is tried once at each rate of one grid, on one task, with a seed
   and a budget of the search. While the best rate is at an end of the grid, the next one is tried, at most twice. The mean of
-  a run's last three evaluations, of four, decides; they are plain ones.
+  a run's last three evaluations, of four, decides; they are plain ones, of `guided` guided ones.
 - `--recipe NAME ITEM ...` adds a recipe, or replaces one: items are KEY=VALUE, `budget=FORWARDS`, `lever=NAME[:ARGUMENTS]` of
   bench/levers.py, or the name of a recipe whose items come first. So `--recipe "LOOP, no average" LOOP ema.decay=null`.
 
@@ -87,14 +89,18 @@ RECIPES = {
     "DPOK": Recipe(("algorithm=dpok", *SINGLES, *PUBLISHED, *OF_DPOK)),
     "DLPO": Recipe(("algorithm=dlpo", *GROUPS, *PUBLISHED)),
 }
+COLOR = ("prompts.categories=[color]", "eval.prompts.categories=[color]", "eval.prompts.limit=100", "eval.images_per_prompt=5")
 TASKS = {  # as many pictures in an evaluation that their noise is about 0.01
-    "color": ("prompts.categories=[color]", "eval.prompts.categories=[color]", "eval.prompts.limit=100")
-    + ("eval.images_per_prompt=5",),
+    "color": COLOR,
     "mix": ("eval.prompts.limit=200", "eval.images_per_prompt=3"),
+    "guided": (*COLOR, "sampling.guidance_scale=3", "sampling.steps=10"),  # as configs/shapes_guided.yaml
 }
 EVALUATIONS = {  # what each has of its own in `eval`; a guided picture costs 20 forwards, a plain one 8
     "plain": {"sampling": {"steps": 8, "eta": 1.0, "guidance_scale": 1.0}},
     "guided": {"images_per_prompt": 1, "sampling": {"steps": 10, "eta": 0.0, "guidance_scale": 3.0}},
+}
+EVALUATIONS_OF = {task: EVALUATIONS for task in TASKS} | {  # the first one decides the search
+    "guided": {"guided": {"sampling": EVALUATIONS["guided"]["sampling"]}}
 }
 COMMON = ("sampling.guidance_scale=1", "tracking.tensorboard=false", "checkpoint.keep=1")
 SEARCH_SEED = 1000
@@ -151,10 +157,11 @@ class Study:
         return [*COMMON, *TASKS[run.task], *self.items(run.recipe), *self.args.set, *rate, f"seed={run.seed}"]
 
     def evaluations(self, run: Run) -> tuple[int, dict[str, dict]]:
-        """Return how many times a run is evaluated, and how; those of the search less often and without guidance."""
+        """Return how many times a run is evaluated, and how; those of the search less often and in one way."""
+        ways = EVALUATIONS_OF[run.task]
         if run.seed == SEARCH_SEED:
-            return SEARCH_EVALUATIONS, {"plain": EVALUATIONS["plain"]}
-        return self.args.evaluations, EVALUATIONS
+            return SEARCH_EVALUATIONS, dict([next(iter(ways.items()))])
+        return self.args.evaluations, ways
 
     def key(self, run: Run) -> str:
         """Return a name of all that a run is made of: the same again is not run again."""
@@ -220,12 +227,12 @@ class Study:
             return {}
         if len(self.args.rates) == 1:
             return {self.args.rates[0]: float("nan")}
-        rates, found = sorted(self.args.rates), {}
+        rates, found, decides = sorted(self.args.rates), {}, next(iter(EVALUATIONS_OF[self.args.search_task]))
         tried, budget = list(rates), min(self.budget(recipe), self.args.search_budget or self.args.budget / 2)
         while tried:
             for rate in tried:
                 if rows := self.train(Run(recipe, self.args.search_task, SEARCH_SEED, rate, budget)):
-                    found[rate] = float(np.mean([row["scores"]["plain"]["mean"] for row in rows[-LAST:]]))
+                    found[rate] = float(np.mean([row["scores"][decides]["mean"] for row in rows[-LAST:]]))
             if any(rate not in found for rate in tried) or len(found) >= len(rates) + 2:
                 break
             tried = wider(found, rates[1] / rates[0])
@@ -286,7 +293,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = parser_of("time_to_score", __doc__, 1e5, [0, 1, 2, 3, 4])
     parser.add_argument("--recipes", nargs="+", metavar="NAME", help=f"default: all of {', '.join(RECIPES)}")
     parser.add_argument("--recipe", nargs="+", action="append", default=[], metavar=("NAME", "ITEM"))
-    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
+    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=["color", "mix"])
     parser.add_argument("--evaluations", type=int, default=8, help="of a run, beside that before training (default: 8)")
     parser.add_argument("--rates", nargs="+", type=float, default=[1.5e-3, 3e-3, 6e-3], help="the grid; one is not searched")
     parser.add_argument("--search-task", choices=list(TASKS), default="mix")
@@ -336,9 +343,9 @@ def main(argv: list[str] | None = None) -> int:
     }
     facts = {"factors": study.factors, "searches": searches, "search_task": args.search_task, "unfinished": unfinished}
     facts |= {"machine": machine, "versions": versions(), "also": LEVERED}
-    text = tables(found, list(EVALUATIONS), **facts)
+    text = tables(found, **facts)
     stem.with_suffix(".md").write_text(text + "\n")
-    plot(found, list(EVALUATIONS), stem.with_suffix(".png"))
+    plot(found, stem.with_suffix(".png"))
     print(text)
     return 1 if unfinished and not args.table else 0
 

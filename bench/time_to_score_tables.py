@@ -23,9 +23,13 @@ def curves_of(runs: list[list[dict]], evaluation: str) -> Curves:
     return Curves(scores, {unit: np.array([[row[unit] for row in rows] for rows in runs], dtype=float) for unit in UNITS})
 
 
+def evaluations_of(runs: Runs) -> list[str]:
+    """Return the names of the evaluations of a task's runs."""
+    return next((list(rows[0]["scores"]) for of_recipe in runs.values() for rows in of_recipe), [])
+
+
 def tables(
     found: dict[str, Runs],
-    evaluations: list[str],
     *,
     factors: Factors,
     searches: dict[str, dict[float, float]],
@@ -41,13 +45,14 @@ def tables(
     """
     parts = []
     for task, runs in found.items():
+        evaluations = evaluations_of(runs)
         parts += [text for evaluation in evaluations for text in _results(task, runs, evaluation)]
         if runs.get(also):
             title, *rest = _results(task, {also: runs[also]} | runs, evaluations[0])
             parts += [f"{title}, against {also}", *rest]
     parts += ["### What a run costs", _costs(found), _factors(factors)]
     if any(len(of_rate) > 1 for of_rate in searches.values()):
-        parts += [f"### The search: plain score on {search_task} by learning rate, the chosen in bold", _search(searches)]
+        parts += [f"### The search: score on {search_task} by learning rate, the chosen in bold", _search(searches)]
     if unfinished:
         parts.append("Not finished, and not in the tables: " + "; ".join(unfinished) + ".")
     parts.append(machine_line(machine, versions))
@@ -136,14 +141,18 @@ def markdown(head: list[str], lines: list[list[str]]) -> str:
     return "\n".join([rows[0], "|" + "---|" * len(head), *rows[1:]])
 
 
-def plot(found: dict[str, Runs], evaluations: list[str], path: Path) -> None:
+def plot(found: dict[str, Runs], path: Path) -> None:
     """Draw mean scores with their standard errors over the seeds against forwards: a panel for each task and evaluation."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5.5 * len(evaluations), 4.2 * len(found)), layout="constrained")
-    panels = figure.subplots(len(found), len(evaluations), squeeze=False)
+    drawn = {task: evaluations_of(runs) for task, runs in found.items()}
+    wide = max(map(len, drawn.values()))
+    figure = Figure(figsize=(5.5 * wide, 4.2 * len(found)), layout="constrained")
+    panels = figure.subplots(len(found), wide, squeeze=False)
     for row, (task, runs) in zip(panels, found.items(), strict=True):
-        for axes, evaluation in zip(row, evaluations, strict=True):
+        for axes in row[len(drawn[task]) :]:
+            axes.remove()
+        for axes, evaluation in zip(row, drawn[task], strict=False):
             axes.set(title=f"{task}, {evaluation}", xlabel="thousand forwards", ylabel="held-out score")
             axes.grid(alpha=0.25)
             for i, (recipe, of_recipe) in enumerate(runs.items()):

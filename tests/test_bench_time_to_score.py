@@ -167,9 +167,39 @@ def test_a_search_goes_beyond_an_end_that_is_best_and_its_last_three_evaluations
     assert asked == [(rate, bench.SEARCH_SEED, "mix", 5e4) for rate in found]
     args.recipes = ["LOOP"]
     assert study.runs({"LOOP": found})[0] == bench.Run("LOOP", "color", 0, 0.027, 1e5)
+    assert list(study.evaluations(bench.Run("LOOP", "mix", bench.SEARCH_SEED, 0.1, 1e5))[1]) == ["plain"]
     own = bench.Study(args, bench.with_recipes([["A", "LOOP", "optimizer.lr=0.5", "budget=3e4"]]), tmp_path / "rows.jsonl")
     args.recipes = ["A"]
     assert own.search("A") == {} and own.runs({"A": {}})[0] == bench.Run("A", "color", 0, None, 3e4)
+
+
+def test_with_guidance_in_training_guided_pictures_alone_are_scored_and_decide_the_search(bench, base, tmp_path, monkeypatch):
+    """As many a prompt as the plain ones of other tasks: there the guided ones are an aside."""
+    args = bench.parse(["--base", str(base), "--out", str(tmp_path), "--search-task", "guided", "--tasks", "guided"])
+    study = bench.Study(args, bench.RECIPES, tmp_path / "rows.jsonl")
+    for seed in (0, bench.SEARCH_SEED):
+        _, ways = study.evaluations(bench.Run("LOOP", "guided", seed, 0.1, 1e5))
+        assert ways == {"guided": {"sampling": bench.EVALUATIONS["guided"]["sampling"]}}
+    config = load_config(base, study.overrides(bench.Run("LOOP fast", "guided", 0, 0.1, 1e5)))
+    assert config.sampling.guidance_scale == 3 and config.eval.images_per_prompt == 5
+    monkeypatch.setattr(study, "train", lambda run: [{"scores": {"guided": {"mean": run.rate}}}] * 4)
+    assert max(study.search("LOOP")) == args.rates[-1] * 4
+
+    def made_runs(*ways: str) -> dict[str, list[list[dict]]]:
+        row = {"rate": 0.1, "equivalents": 10, "cpu": 1.0, "images": 2, "iteration": 1}
+        return {"LOOP": [[{**row, "scores": {way: {"mean": 0.5, "stderr": 0.1} for way in ways}}] * 4]}
+
+    found = {"mix": made_runs("plain", "guided"), "guided": made_runs("guided")}
+    facts = {"factors": sys.modules["forward_equivalents"].Factors(1, 1, 1), "searches": {}, "search_task": "guided"}
+    text = bench.tables(found, **facts, unfinished=[], machine={"cpus": 2}, versions={"torch": "2"})
+    assert [line for line in text.splitlines() if line.startswith("### ")] == [
+        "### mix, plain",
+        "### mix, guided",
+        "### guided, guided",
+        "### What a run costs",
+    ]
+    bench.plot(found, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 10_000
 
 
 def test_a_run_of_fastloop_that_was_interrupted_ends_as_one_that_was_not(bench, bench_module, base, tmp_path):
