@@ -32,6 +32,7 @@ VARIANTS = {
     "LOOP fast": "",
     "LOOP": "algorithm=loop prompts_per_step=16 images_per_prompt=4 last_steps.drop=3 clip_range=1e-3 ema.decay=0.95 "
     "optimizer.schedule=linear optimizer.lr=2.5e-3 iterations=200 eval.every=40 checkpoint.every=20",
+    "LOOP fast, rate 0.006": "optimizer.lr=6e-3",
     "no KL": "kl.weight=0",
     "KL of 0.03, every 4th iteration": f"kl.weight=0.03 {PLAIN}=4",
     "KL of 0.03": f"kl.weight=0.03 {PLAIN}=1",
