@@ -83,9 +83,12 @@ def plot(study: ShortRuns, path: Path) -> None:
     panels = figure.subplots(1, len(AXES), sharey=True)
     for axes, (key, (title, of)) in zip(panels, AXES.items(), strict=True):
         axes.set(xlabel=title, xscale="log")
+        values = sorted({value for values in of.values() for value in values})
+        axes.set_xticks(values, [f"{value:g}" for value in values])
+        axes.minorticks_off()
         axes.grid(alpha=0.25)
-        for color, (name, values) in zip(COLORS[1:], of.items(), strict=False):
-            found = {value: scores for value in values if len(scores := final(study, name, key, value))}
+        for color, (name, its) in zip(COLORS[1:], of.items(), strict=False):
+            found = {value: scores for value in its if len(scores := final(study, name, key, value))}
             mean = [scores.mean() for scores in found.values()]
             error = [scores.std(ddof=1) / len(scores) ** 0.5 if len(scores) > 1 else 0.0 for scores in found.values()]
             axes.errorbar(list(found), mean, yerr=error, color=color, label=name, marker="o", markersize=4, capsize=2)
