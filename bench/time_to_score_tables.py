@@ -158,7 +158,9 @@ def plot(found: dict[str, Runs], path: Path) -> None:
             for i, (recipe, of_recipe) in enumerate(runs.items()):
                 if of_recipe:
                     _draw(axes, curves_of(of_recipe, evaluation), recipe, COLORS[i % len(COLORS)], target=i == 0)
-    panels[0][0].legend(fontsize=8)
+    of_all = {line.get_label(): line for axes in figure.axes for line in axes.get_legend_handles_labels()[0]}
+    names = [name for name in next(iter(found.values())) if name in of_all]  # some may have runs of one task alone
+    figure.axes[0].legend([of_all[name] for name in names], names, fontsize=8)
     figure.savefig(path, dpi=150)
 
 
