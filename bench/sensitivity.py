@@ -62,11 +62,15 @@ def final(study: ShortRuns, name: str, key: str, value: float) -> np.ndarray:
     return np.array([scores[-1] for scores in study.scores(cell_name(name, key, value))])
 
 
+def values_of(of: dict[str, tuple[float, ...]]) -> list[float]:
+    """Return all values of an axis, of whichever recipe, in order."""
+    return sorted({value for values in of.values() for value in values})
+
+
 def table(study: ShortRuns, key: str) -> str:
     """Write the scores of one axis: a line for each recipe, a column for each value."""
     title, of = AXES[key]
-    values = sorted({value for values in of.values() for value in values})
-    lines = []
+    values, lines = values_of(of), []
     for name, its in of.items():
         found = {value: scores for value in its if len(scores := final(study, name, key, value))}
         cells = [over_seeds(found[value]) if value in found else "-" for value in values]
@@ -83,12 +87,11 @@ def plot(study: ShortRuns, path: Path) -> None:
     panels = figure.subplots(1, len(AXES), sharey=True)
     for axes, (key, (title, of)) in zip(panels, AXES.items(), strict=True):
         axes.set(xlabel=title, xscale="log")
-        values = sorted({value for values in of.values() for value in values})
-        axes.set_xticks(values, [f"{value:g}" for value in values])
+        axes.set_xticks(values_of(of), [f"{value:g}" for value in values_of(of)])
         axes.minorticks_off()
         axes.grid(alpha=0.25)
-        for color, (name, its) in zip(COLORS[1:], of.items(), strict=False):
-            found = {value: scores for value in its if len(scores := final(study, name, key, value))}
+        for color, (name, values) in zip(COLORS[1:], of.items(), strict=False):
+            found = {value: scores for value in values if len(scores := final(study, name, key, value))}
             mean = [scores.mean() for scores in found.values()]
             error = [scores.std(ddof=1) / len(scores) ** 0.5 if len(scores) > 1 else 0.0 for scores in found.values()]
             axes.errorbar(list(found), mean, yerr=error, color=color, label=name, marker="o", markersize=4, capsize=2)

@@ -314,6 +314,10 @@ def main(argv: list[str] | None = None) -> int:
             raise UserError(f"--recipes: unknown {unknown[0]!r}: any of {', '.join(recipes)}")
         if not args.peer_python and not args.table and any(recipes[name].trainer == "trl" for name in args.recipes):
             raise UserError("--peer-python: TRL's trainer needs an environment of its own: see bench/README.md")
+        if any((task == "guided") != (args.search_task == "guided") for task in args.tasks):
+            raise UserError(
+                "--search-task: guidance in training takes rates of its own: guided goes with --tasks guided alone"
+            )
         if SEARCH_SEED in args.seeds:
             raise UserError(f"--seeds: {SEARCH_SEED} is the search's: use others")
         results = args.results or args.out

@@ -91,6 +91,8 @@ def test_what_is_no_recipe_and_the_seed_of_the_search_are_refused(bench, tmp_pat
     assert bench.main([*out, "--recipes", "DPO"]) == 2 and "--recipes: unknown 'DPO'" in capsys.readouterr().err
     assert bench.main([*out, "--recipe", "A", "LOOPS"]) == 2 and "'LOOPS' is neither KEY=VALUE" in capsys.readouterr().err
     assert bench.main([*out, "--seeds", "1000"]) == 2 and "--seeds" in capsys.readouterr().err
+    for tasks in (["guided"], ["color", "guided", "--search-task", "guided"]):
+        assert bench.main([*out, "--tasks", *tasks]) == 2 and "--search-task: guidance" in capsys.readouterr().err
     assert bench.main([*out, "--table"]) == 1 and "no run of the study has finished" in capsys.readouterr().err
 
 
