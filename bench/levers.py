@@ -11,6 +11,7 @@ for by `lever=NAME[:ARGUMENTS]`, and what it puts into a run of fastloop.
     redraw:TIMES[:MOST]  prompts whose images all have the same reward make room for others, at most so often. With MOST those
                          too whose rewards lie no further apart than that, which changes the objective
     redraw_same:TIMES[:MOST]  images of the same prompt instead. Changes the objective: hard prompts count more
+    by_spread[:SHARE]    prompts are drawn by the spread that their category's rewards had lately, SHARE of them evenly (0.25)
     ratio:trajectory     one clipped ratio for the trained steps of a trajectory
     ratio:total          clip_range in units of the latent's whole log-prob, not of its mean
     ratio:trajectory_total
@@ -27,26 +28,22 @@ from types import ModuleType
 from typing import Any
 from unittest.mock import patch
 
-import numpy as np
 import torch
 from forward_equivalents import rows_of_iteration
 from lever_baselines import ControlVariate, best_and_worst, james_stein, predicted_x0
+from lever_prompts import BySpread, hand_over, redrawn, total
 from lever_ratio import RATIOS, whole_trajectories
 from lever_tree import Tree, TreeAdvantage, grow
 
 from fastloop import preflight, update
-from fastloop.advantages import ADVANTAGES, OfReward, weighted_sum
+from fastloop.advantages import ADVANTAGES, OfReward
 from fastloop.batches import Batches, evened, trained_steps
 from fastloop.config import Config
 from fastloop.errors import UserError
 from fastloop.objectives import OBJECTIVES
-from fastloop.prompts import PromptStream
-from fastloop.rollout import Texts, Trajectories, sampler_table
+from fastloop.rollout import Texts, sampler_table
 from fastloop.trainer import Trainer
 from fastloop.transitions import TransitionTable
-
-OTHER_NUMBERS = 1 << 40  # a redrawn trajectory's number is so far from the one whose place it takes
-OTHER_PROMPTS = 1 << 33  # seeds have 32 bits
 
 
 class Lever:
@@ -133,9 +130,9 @@ class Control(Lever):
             for step in trainer.steps_trained.tolist():
                 latents = predicted_x0(trajectories, trainer.table, step, config.seed)
                 trainer.rewards.submit(trainer.denoiser.decode(latents, config.memory.vae_batch), prompts)
-            predicted = torch.from_numpy(_total(trainer, trainer.rewards.collect()))
+            predicted = torch.from_numpy(total(trainer, trainer.rewards.collect()))
             trainer.advantage.predicted = predicted.view(-1, len(prompts)).T
-            _hand_over(trainer.rewards, terms)
+            hand_over(trainer.rewards, terms)
             return trajectories
 
         trainer.rollout = rollout
@@ -200,44 +197,23 @@ class Redraw(Lever):
         self.times, self.most = int(times), float(most)
 
     def attach(self, trainer) -> None:
-        inner, k, p = trainer.rollout, trainer.config.images_per_prompt, trainer.config.prompts_per_step
-        stream = PromptStream(trainer.prompts.prompts, OTHER_PROMPTS | trainer.config.seed)
-
-        def rollout(prompts, ids):
-            trajectories, terms = inner(prompts, ids), trainer.rewards.collect()
-            for attempt in range(self.times):
-                rewards = _total(trainer, terms).reshape(-1, k)
-                flat = np.flatnonzero(np.ptp(rewards, 1) <= self.most)
-                if len(flat) == 0:
-                    break
-                rows = (flat[:, None] * k + np.arange(k)).ravel()
-                drawn = [prompts[i * k] for i in flat]
-                if not self.same:
-                    drawn = stream.draw((trainer.iteration * self.times + attempt) * p, len(flat))
-                again = [prompt for prompt in drawn for _ in range(k)]
-                fresh = inner(again, ids[torch.from_numpy(rows)] + (attempt + 1) * OTHER_NUMBERS)
-                _put(trajectories, fresh, rows)
-                for label, values in trainer.rewards.collect().items():
-                    terms[label][rows] = values
-                for row, prompt in zip(rows.tolist(), again, strict=True):
-                    prompts[row] = prompt  # in the trainer's own list, which its metrics look at
-            _hand_over(trainer.rewards, terms)
-            return trajectories
-
-        trainer.rollout = rollout
+        trainer.rollout = redrawn(trainer, self.times, self.most, self.same)
 
 
 class RedrawSame(Redraw):
     same = True
 
 
-def _put(into: Trajectories, fresh: Trajectories, rows: np.ndarray) -> None:
-    """Replace trajectories."""
-    at = torch.from_numpy(rows)
-    into.latents[:, at], into.log_probs[:, at], into.ids[at] = fresh.latents, fresh.log_probs, fresh.ids
-    into.images[rows] = fresh.images
-    for row, prompt in zip(rows.tolist(), fresh.prompts, strict=True):
-        into.prompts[row] = prompt
+class PromptsBySpread(Lever):
+    settings = ("advantage=by_spread",)
+
+    def __init__(self, share: str = "0.25") -> None:
+        self.share = float(share)
+        if not 0 < self.share <= 1:
+            raise ValueError
+
+    def attach(self, trainer) -> None:
+        trainer.prompts = trainer.advantage.draw_from(trainer.prompts, self.share)
 
 
 class Ratio(Lever):
@@ -272,12 +248,13 @@ LEVERS: dict[str, type[Lever]] = {  # in the order in which they are put in: wha
     "james_stein": JamesStein,
     "tree": Trees,
     "ratio": Ratio,
+    "by_spread": PromptsBySpread,
     "best_and_worst": BestAndWorst,
     "redraw": Redraw,
     "redraw_same": RedrawSame,
     "control": Control,
 }
-EXCLUDED = (("tree", "redraw"), ("tree", "redraw_same"), ("redraw", "redraw_same"))
+EXCLUDED = (("tree", "redraw"), ("tree", "redraw_same"), ("redraw", "redraw_same"), ("by_spread", "redraw"))
 
 
 def parse_levers(specs: list[str]) -> list[Lever]:
@@ -307,7 +284,7 @@ def parse_levers(specs: list[str]) -> list[Lever]:
     if levers:  # a configuration may then have their names
         ADVANTAGES["james_stein"] = lambda: OfReward(james_stein, needs_groups=True)
         ADVANTAGES["best_and_worst"] = lambda: OfReward(best_and_worst, needs_groups=True)
-        ADVANTAGES.update(control_variate=ControlVariate, tree=TreeAdvantage)
+        ADVANTAGES.update(control_variate=ControlVariate, tree=TreeAdvantage, by_spread=BySpread)
         OBJECTIVES.update({ratio.name: ratio for ratio in RATIOS.values()})
     return levers
 
@@ -380,18 +357,3 @@ def _batch(trainer: Trainer, rows: int, unit: int) -> None:
     """Give the calls of updates another shape than a rollout of single trajectories and single rows has."""
     batches = trainer.update.batches
     batches.__dict__["_shapes"] = (batches.rollout, _shape(trainer.config, rows, unit)[1])  # where the property keeps it
-
-
-def _total(trainer: Trainer, terms: dict[str, np.ndarray]) -> np.ndarray:
-    """The weighted sum of terms as they are, float64 (n,)."""
-    return weighted_sum(terms, {reward.key: reward.weight for reward in trainer.config.rewards})
-
-
-def _hand_over(rewards, terms: dict[str, np.ndarray]) -> None:
-    """Have rewards that were collected already collected once more, by the trainer."""
-
-    def collect() -> dict[str, np.ndarray]:
-        del rewards.collect
-        return terms
-
-    rewards.collect = collect

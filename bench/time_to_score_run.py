@@ -53,6 +53,7 @@ class Record:
     def __init__(self, folder: Path, config: Config, evaluations: dict[str, dict]) -> None:
         self.config, self.counts, self.scores = config, folder / "counts.jsonl", folder / "scores.jsonl"
         values = config.model_dump(mode="json")
+        values["sampling"]["noise_steps"] = None  # whatever training draws with, all recipes are evaluated alike
         self.configs = {
             name: parse_config({**values, "eval": {**values["eval"], **changes}}, f"evaluation {name}")
             for name, changes in evaluations.items()

@@ -12,6 +12,7 @@ import torch
 
 from fastloop.advantages import ADVANTAGES, OfReward, leave_one_out
 from fastloop.kernels import reference
+from fastloop.prompts import Prompt, PromptStream
 from fastloop.ranks import ALONE
 from fastloop.recipes import dump_config, load_config
 from fastloop.rollout import rollout
@@ -139,7 +140,7 @@ def errors(bench, levers, make_config, monkeypatch):
         trainer.observer = sys.modules["fastloop.observer"].UNOBSERVED
         trainer.update = PolicyUpdate(config, chain, chain, TABLE, steps, ALONE)
         trainer.advantage = ADVANTAGES[config.advantage]()
-        trainer.prompts = SimpleNamespace(prompts=[SimpleNamespace(text=str(i)) for i in range(len(AIMS))])
+        trainer.prompts = PromptStream([Prompt(str(i)) for i in range(len(AIMS))], 0)
 
         def sample(prompts, ids):
             options = {"batch": 10**6, "vae_batch": 10**6, "backend": "reference", "seed": trainer.config.seed}
@@ -154,11 +155,11 @@ def errors(bench, levers, make_config, monkeypatch):
         levers.attach(chosen, trainer)
         mutate(trainer)
         for i in range(times):
-            prompts = [trainer.prompts.prompts[group % len(AIMS)] for group in range(groups) for _ in range(k)]
-            trajectories = trainer.rollout(prompts, ids + i * len(ids))
+            drawn = trainer.prompts.draw(i * groups, groups)
+            trajectories = trainer.rollout([prompt for prompt in drawn for _ in range(k)], ids + i * len(ids))
             terms = {label: torch.from_numpy(values).view(groups, k) for label, values in rewards.collect().items()}
             spread += (terms["reward"].std(1) > 0).double().mean().item() / times
-            advantages = trainer.advantage([str(g) for g in range(groups)], terms, {"reward": 1.0}).float().flatten()
+            advantages = trainer.advantage([prompt.text for prompt in drawn], terms, {"reward": 1.0}).float().flatten()
             trainer.update(trajectories, advantages, i)
             found.append(-chain.parameters.grad.double() * len(steps) * SIZE)  # of the mean row and the mean element
         found, exact = torch.stack(found), exact_gradient() * scale
@@ -179,12 +180,12 @@ def worst(errors: np.ndarray) -> float:
 
 UNBIASED = [(), ("steps:1:2",), ("control",), ("control:0.7",), ("james_stein",), ("tree:1x2:2x2",), ("tree:1x2",)]
 UNBIASED += [("tree:0x4",), ("ratio:trajectory",), ("ratio:total",), ("ratio:trajectory_total", "control", "steps:1")]
-UNBIASED += [("tree:2x2", "steps:1:2", "ratio:total")]
+UNBIASED += [("tree:2x2", "steps:1:2", "ratio:total"), ("by_spread",), ("by_spread:0.1", "ratio:trajectory")]
 
 
 @pytest.mark.parametrize("specs", UNBIASED, ids=" ".join)
 def test_the_mean_gradient_is_the_exact_one(errors, specs):
-    assert worst(errors(*specs)) < 3
+    assert worst(errors(*specs)) < 3.5
 
 
 def test_weights_multiply_the_gradient_of_each_step(errors, levers):
@@ -303,6 +304,43 @@ def test_other_prompts_for_groups_without_spread_only_scale_the_gradient(errors,
     assert apart(other, spread_other / spread) < 3 and apart(same, spread_same / spread) > 4
 
 
+def test_prompts_by_spread_are_drawn_as_it_says_and_corrected(errors, levers):
+    def not_corrected(trainer):
+        draw = trainer.prompts.draw
+
+        def even(start, count):
+            found = draw(start, count)
+            trainer.advantage.factors = torch.ones(count).double()
+            return found
+
+        trainer.prompts.draw = even
+
+    assert worst(errors("by_spread:0.1", mutate=not_corrected)) > 6
+    prompts = [
+        Prompt(f"{name} {i}", {"category": name}) for name, n in (("flat", 30), ("far", 60), ("new", 10)) for i in range(n)
+    ]
+    advantage = levers.BySpread()
+    stream = advantage.draw_from(PromptStream(prompts, 3), 0.2)
+    assert set(advantage.probabilities(prompts, 0.2)) == {1 / 100}  # nothing is known
+    first = stream.draw(0, 2)
+    assert stream.draw(0, 2) == first != stream.draw(2, 2)
+    rewards, twice = torch.tensor([[1.0, 1.0], [0.0, 2.0]], dtype=torch.float64), torch.ones(2).double() * 2
+    advantage.factors = twice
+    found = advantage(["flat 3", "far 1"], {"r": rewards}, {"r": 1.0})
+    assert torch.equal(found, 2 * leave_one_out(rewards)) and advantage.variance == {"far": 2.0, "flat": 0.0}
+    advantage(["far 2", "far 1"], {"r": rewards}, {"r": 1.0})  # half of that now
+    again = levers.BySpread()
+    again.load_state_dict(json.loads(json.dumps(advantage.state_dict())))
+    assert again.variance == {"far": pytest.approx(0.9 * 2.0 + 0.1 * 1.0), "flat": 0.0}
+    again.draw_from(PromptStream(prompts, 3), 0.2)
+    far, new = 1.9**0.5, 1.9**0.5 / 2
+    expected = {"flat": 0.002, "far": 0.002 + 0.8 * far / (60 * far + 10 * new)}
+    q = again.probabilities(prompts, 0.2)
+    assert q[[0, 30]].tolist() == pytest.approx(list(expected.values())) and q.sum() == pytest.approx(1)
+    stream.draw(4, 500)
+    assert sorted(set(advantage.factors.tolist())) == pytest.approx(sorted(1 / (100 * q[[0, 30, 90]])))
+
+
 # --- ratios -----------------------------------------------------------------------------------------------------------
 
 
@@ -370,6 +408,8 @@ def base(make_config, tmp_path):
         (["lever=tree:1x3"], "lever=tree:1x3: trees of 3 leaves: set images_per_prompt to a multiple of it"),
         (["lever=ratio:trajectory", "prompts_per_step=5", "updates_per_rollout=3"], "20 are not shared by 3"),
         (["lever=control", "lever=james_stein"], "lever=james_stein lever=control: two of them set advantage"),
+        (["lever=by_spread:0"], "lever=by_spread:0: not its arguments"),
+        (["lever=by_spread", "lever=redraw:1"], "lever=by_spread: does not go with lever=redraw:1"),
         (["lever=tree:1x4", "lever=redraw:1"], "lever=tree:1x4: does not go with lever=redraw:1"),
     ],
 )
@@ -392,6 +432,7 @@ def test_a_lever_is_part_of_a_runs_key_the_last_one_counts_and_other_trainers_ha
 LAUNCHED = {
     "steps:0:2 weights:equal james_stein ratio:total": {"sampled": 48, "trained": 40, "images": 12},
     "steps:1:3 ratio:trajectory_total best_and_worst": {"sampled": 48, "trained": 18, "images": 12},  # of 36 half
+    "by_spread:0.5 steps:1:3": {"sampled": 48, "trained": 40, "images": 12},  # 4 calls of 5 an update
     "control redraw:1 steps:2": {"sampled": 48, "trained": 12, "images": 24},  # no group is redrawn
     "tree:1x2:2x2 weights:noise": {"sampled": 3 + 3 + 6 + 12, "trained": 2 * 15, "images": 12},
 }

@@ -68,13 +68,15 @@ def test_cells_are_run_once_and_drawn(bench, make_config, tmp_path, monkeypatch,
 
 
 def test_every_variant_is_a_run_that_could_be_trained_and_is_compared_with_its_bases_seed(
-    ablation, monkeypatch, tmp_path, capsys
+    ablation, bench_module, monkeypatch, tmp_path, capsys
 ):
-    short, asked = sys.modules["short_runs"], []
+    short, record, asked, noisy = sys.modules["short_runs"], bench_module("time_to_score_run").Record, [], []
 
     def train(study, run):
         """A variant gains 0.01 a place in the list, a seed 0.1 in all."""
-        asked.append(study.config(run).iterations)
+        config = study.config(run)
+        asked.append(config.iterations)
+        noisy.append((config.sampling.noise_steps, record(tmp_path, config, study.evaluations(run)[1]).configs["plain"]))
         score = 0.3 + 0.1 * run.seed + 0.01 * list(study.recipes).index(run.recipe)
         rows = [{"run": study.key(run), "scores": {"plain": {"mean": mean}}} for mean in (0.3, 0.35, score)]
         study.rows += rows
@@ -89,6 +91,8 @@ def test_every_variant_is_a_run_that_could_be_trained_and_is_compared_with_its_b
     printed = capsys.readouterr().out
     names = list(ablation.recipes())
     assert len(asked) == 2 * len(names) and min(asked) > 10
+    assert {steps for steps, _ in noisy} == {None, (0, 4), (1, 3), (0, 2)}  # in training alone
+    assert len({config.eval_sampling.model_dump_json() for _, config in noisy}) == 1
     of_base = names.index("LOOP fast")
     assert "| **LOOP with levers** | 0.350 ± 0.000 | 0.350 ± 0.050 |  |" in printed
     last = 0.01 * (len(names) - 1 - of_base)
