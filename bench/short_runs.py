@@ -60,8 +60,13 @@ def carry_out(
             a file.
     """
     machine = describe_machine(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    parser.add_argument(
+        "--only", nargs="+", metavar="NAME", help="train only these, by the names in its rows; tables have all"
+    )
     try:
         args, name = parser.parse_args(argv), Path(parser.prog).stem
+        if unknown := [name for name in args.only or () if name not in recipes]:
+            raise UserError(f"--only: unknown {unknown[0]!r}: any of {', '.join(recipes)}")
         stem = (args.results or args.out) / f"{name}_{machine.get('gpu', 'cpu').replace(' ', '_')}"
         study = ShortRuns(args, recipes, stem.with_suffix(".jsonl"), times)
         runs = [study.run_of(recipe, seed) for seed in args.seeds for recipe in recipes]
@@ -71,17 +76,19 @@ def carry_out(
                 study.config(run)
     except UserError as error:
         return cli.fail(str(error), 2)
+    chosen = [run for run in runs if run.recipe in (args.only or recipes)]
     with ThreadPoolExecutor(max(1, args.jobs)) as pool:
-        done = list(pool.map(study.train, runs))
-    if not any(done):
+        failed = not all(pool.map(study.train, chosen))
+    finished = [run for run in runs if study.finished(run)]
+    if not finished:
         return cli.fail(f"no run has finished in {study.file}", 1)
     parts = show(study)
     parts.append(f"{args.budget:,.0f} forwards a run; mean ± standard error over at most {len(args.seeds)} seeds.")
-    if unfinished := [f"{run.recipe}, seed {run.seed}" for run, rows in zip(runs, done, strict=True) if not rows]:
-        parts.append("Not finished: " + "; ".join(unfinished) + ".")
+    if len(finished) < len(runs):
+        parts.append(f"{len(finished)} of {len(runs)} runs have finished: a line without an error is of one seed.")
     parts.append(machine_line(machine, versions()))
     text = "\n\n".join(parts)
     stem.with_suffix(".md").write_text(text + "\n")
     plot(study, stem.with_suffix(".png"))
     print(text)
-    return 1 if unfinished and not args.table else 0
+    return 1 if failed and not args.table else 0

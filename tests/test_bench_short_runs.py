@@ -52,8 +52,12 @@ def test_cells_are_run_once_and_drawn(bench, make_config, tmp_path, monkeypatch,
     command = ["--base", str(base), "--set", "prompts_per_step=1", "images_per_prompt=2", "eval.images_per_prompt=1"]
     command += ["--out", str(tmp_path / "out"), "--results", str(tmp_path), "--budget", "40", "--seeds", "5"]
     assert bench.main([*command, "--table"]) == 1 and "no run has finished" in capsys.readouterr().err
-    assert bench.main([*command, "--jobs", "2"]) == 0
+    assert bench.main([*command, "--only", "LOOP", "--jobs", "2"]) == 0
+    assert "1 of 2 runs have finished" in capsys.readouterr().out
+    assert bench.main([*command, "--only", "LOOPS"]) == 2 and "--only: unknown 'LOOPS'" in capsys.readouterr().err
+    assert bench.main(command) == 0
     printed = capsys.readouterr().out
+    assert "have finished" not in printed
     rows = read_rows(tmp_path / "sensitivity_cpu.jsonl")
     cells = {row["recipe"]: row for row in rows}  # of each the last evaluation
     assert set(cells) == {"LOOP", "LOOP, optimizer.lr=0.3"} and len(rows) == 4  # one before, one at the end
