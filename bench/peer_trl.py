@@ -45,6 +45,13 @@ def score(reward: str, images: np.ndarray, prompts: list[str]) -> list[float]:
     return sizes
 
 
+def complete(encoder, folder: str) -> None:
+    """Exit where transformers made up weights that it has not found, which it does with a warning that nobody reads."""
+    _, found = type(encoder).from_pretrained(folder, subfolder="text_encoder", output_loading_info=True)
+    if found["missing_keys"]:
+        sys.exit(f"{folder}: its text encoder lacks {sorted(found['missing_keys'])[0]} and others as transformers names them")
+
+
 def main() -> int:
     server = Server()
     PartialState()  # TRL's pipeline logs through it
@@ -79,6 +86,7 @@ def main() -> int:
         project_kwargs={"project_dir": case["folder"], "logging_dir": case["folder"]},
     )
     pipeline = DefaultDDPOStableDiffusionPipeline(case["folder"], use_lora=case["adapter"] == "lora")
+    complete(pipeline.text_encoder, case["folder"])
     if case["guidance_scale"] == 1:  # TRL hands over both conditions all the same, and diffusers would concatenate them
         pipeline.sd_pipeline._encode_prompt = lambda *_, prompt_embeds, **__: prompt_embeds
     if case["gradient_checkpointing"]:

@@ -217,11 +217,11 @@ def peer_case(config: Config, folder: Path, threads: int) -> dict:
 
 
 def save_for_peer(config: Config, folder: Path) -> None:
-    """The model as a pipeline folder that older libraries read: float32, and the tokenizer's words in the files of CLIP."""
-    from baseline_ppo import load_pipeline
+    """The model as a pipeline folder that older libraries read: an export, with the tokenizer's words in the files of CLIP."""
+    from fastloop.denoisers import load_denoiser
 
-    model = config.model.model_copy(update={"dtype": "fp32"})
-    load_pipeline(model, torch.device("cpu")).save_pretrained(folder)
+    model = config.model.model_copy(update={"adapter": "full", "dtype": "fp32"})
+    load_denoiser(model, torch.device("cpu")).export(folder)
     tokenizer = json.loads((folder / "tokenizer" / "tokenizer.json").read_text())["model"]
     (folder / "tokenizer" / "vocab.json").write_text(json.dumps(tokenizer["vocab"]))
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in tokenizer["merges"]]

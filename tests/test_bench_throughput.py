@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from fastloop.batches import Batches
 
@@ -85,7 +86,7 @@ def test_a_worker_that_dies_leaves_its_last_words(bench, tmp_path):
         worker.iterate()
 
 
-def test_a_pipeline_saved_for_a_peer_has_the_tokenizer_in_clips_own_files(bench, tiny_sd, tmp_path):
+def test_a_pipeline_saved_for_a_peer_has_clips_own_files_of_the_tokenizer_and_names_of_weights(bench, tiny_sd, tmp_path):
     config = bench.case_config("shapes", "lora", [f"model.path={tiny_sd}", *TINY])
     bench.save_for_peer(config, tmp_path / "pipeline")
     saved = json.loads((tmp_path / "pipeline/tokenizer/tokenizer.json").read_text())["model"]
@@ -93,6 +94,10 @@ def test_a_pipeline_saved_for_a_peer_has_the_tokenizer_in_clips_own_files(bench,
     merges = (tmp_path / "pipeline/tokenizer/merges.txt").read_text().splitlines()[1:]
     assert [tuple(line.split(" ")) for line in merges] == [tuple(pair) for pair in saved["merges"]]
     assert (tmp_path / "pipeline/unet/diffusion_pytorch_model.safetensors").exists()
+    named = load_file(
+        tmp_path / "pipeline/text_encoder/model.safetensors"
+    )  # without that level transformers 4 takes random ones
+    assert named and all(name.startswith("text_model.") for name in named)
 
 
 def test_ratios_are_taken_within_a_round(bench):
