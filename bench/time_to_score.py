@@ -337,7 +337,10 @@ def main(argv: list[str] | None = None) -> int:
     if not any(done):
         return cli.fail(f"no run of the study has finished in {study.file}", 1)
     unfinished = [f"{name}, its search" for name in args.recipes if study.searched(name) and not searches[name]]
-    unfinished += [f"{run.recipe}, {run.task}, seed {run.seed}" for run, rows in zip(runs, done, strict=True) if not rows]
+    missing: dict[tuple[str, str], list[int]] = {}
+    for run in (run for run, rows in zip(runs, done, strict=True) if not rows):
+        missing.setdefault((run.recipe, run.task), []).append(run.seed)
+    unfinished += [f"{recipe}, {task}, seed {', '.join(map(str, seeds))}" for (recipe, task), seeds in missing.items()]
     found = {
         task: {
             name: [rows for run, rows in zip(runs, done, strict=True) if rows and (run.task, run.recipe) == (task, name)]

@@ -157,18 +157,20 @@ def plot(found: dict[str, Runs], path: Path) -> None:
             axes.grid(alpha=0.25)
             for i, (recipe, of_recipe) in enumerate(runs.items()):
                 if of_recipe:
-                    _draw(axes, curves_of(of_recipe, evaluation), recipe, COLORS[i % len(COLORS)], target=i == 0)
+                    again, of = divmod(i, len(COLORS))
+                    style = ("--" if i == 0 else "-", ":", "-.")[min(again, 2)]
+                    _draw(axes, curves_of(of_recipe, evaluation), recipe, COLORS[of], style, target=i == 0)
     of_all = {line.get_label(): line for axes in figure.axes for line in axes.get_legend_handles_labels()[0]}
     names = [name for name in next(iter(found.values())) if name in of_all]  # some may have runs of one task alone
-    figure.axes[0].legend([of_all[name] for name in names], names, fontsize=8)
+    figure.legend([of_all[name] for name in names], names, fontsize=8, loc="outside lower center", ncols=2 * wide)
     figure.savefig(path, dpi=150)
 
 
-def _draw(axes, curves: Curves, name: str, color: str, target: bool) -> None:
+def _draw(axes, curves: Curves, name: str, color: str, style: str, target: bool) -> None:
     """The mean curve of a recipe; of the reference the target too."""
     x, mean, n = curves.spent["equivalents"].mean(0) / 1000, curves.scores.mean(0), len(curves.scores)
     error = curves.scores.std(0, ddof=1) / n**0.5 if n > 1 else 0 * mean
-    axes.plot(x, mean, color=color, label=name, marker="o", markersize=3, linestyle="--" if target else "-")
+    axes.plot(x, mean, color=color, label=name, marker="o", markersize=3, linestyle=style)
     axes.fill_between(x, mean - error, mean + error, color=color, alpha=0.12, linewidth=0)
     if target:
         axes.axhline(curves.end(), color=color, linewidth=0.8, linestyle=":")
