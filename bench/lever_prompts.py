@@ -37,10 +37,9 @@ class BySpread(Advantage):
     def __init__(self) -> None:
         self.variance: dict[str, float] = {}
 
-    def draw_from(self, stream: PromptStream, share: float) -> PromptStream:
-        """Return a stream of the same prompts that is drawn by their spread, ``share`` of it evenly."""
+    def draws(self, stream: PromptStream, share: float) -> Callable[[int, int], list[Prompt]]:
+        """Return what stands for the stream's ``draw``: its prompts by their spread, ``share`` of them evenly."""
         self.category = {prompt.text: prompt.metadata.get("category", prompt.text) for prompt in stream.prompts}
-        drawn = PromptStream(stream.prompts, stream.seed)
 
         def draw(start: int, count: int) -> list[Prompt]:
             q = self.probabilities(stream.prompts, share)
@@ -48,8 +47,7 @@ class BySpread(Advantage):
             self.factors = torch.from_numpy(1 / (len(q) * q[chosen]))
             return [stream.prompts[i] for i in chosen]
 
-        drawn.draw = draw
-        return drawn
+        return draw
 
     def probabilities(self, prompts: list[Prompt], share: float) -> np.ndarray:
         """Return q, float64 (N,). A category that has not been seen counts as the mean of those that have."""

@@ -213,7 +213,7 @@ class PromptsBySpread(Lever):
             raise ValueError
 
     def attach(self, trainer) -> None:
-        trainer.prompts = trainer.advantage.draw_from(trainer.prompts, self.share)
+        trainer.prompts.draw = trainer.advantage.draws(trainer.prompts, self.share)
 
 
 class Ratio(Lever):

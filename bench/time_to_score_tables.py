@@ -158,7 +158,7 @@ def plot(found: dict[str, Runs], path: Path) -> None:
             for i, (recipe, of_recipe) in enumerate(runs.items()):
                 if of_recipe:
                     again, of = divmod(i, len(COLORS))
-                    style = ("--" if i == 0 else "-", ":", "-.")[min(again, 2)]
+                    style = "--" if i == 0 else ("-", ":", "-.")[min(again, 2)]  # colors come round again
                     _draw(axes, curves_of(of_recipe, evaluation), recipe, COLORS[of], style, target=i == 0)
     of_all = {line.get_label(): line for axes in figure.axes for line in axes.get_legend_handles_labels()[0]}
     names = [name for name in next(iter(found.values())) if name in of_all]  # some may have runs of one task alone

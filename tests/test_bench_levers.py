@@ -320,24 +320,24 @@ def test_prompts_by_spread_are_drawn_as_it_says_and_corrected(errors, levers):
         Prompt(f"{name} {i}", {"category": name}) for name, n in (("flat", 30), ("far", 60), ("new", 10)) for i in range(n)
     ]
     advantage = levers.BySpread()
-    stream = advantage.draw_from(PromptStream(prompts, 3), 0.2)
+    draw = advantage.draws(PromptStream(prompts, 3), 0.2)
     assert set(advantage.probabilities(prompts, 0.2)) == {1 / 100}  # nothing is known
-    first = stream.draw(0, 2)
-    assert stream.draw(0, 2) == first != stream.draw(2, 2)
-    rewards, twice = torch.tensor([[1.0, 1.0], [0.0, 2.0]], dtype=torch.float64), torch.ones(2).double() * 2
-    advantage.factors = twice
+    first = draw(0, 2)
+    assert draw(0, 2) == first != draw(2, 2)
+    rewards = torch.tensor([[1.0, 1.0], [0.0, 2.0]], dtype=torch.float64)
+    advantage.factors = torch.full((2,), 2.0, dtype=torch.float64)
     found = advantage(["flat 3", "far 1"], {"r": rewards}, {"r": 1.0})
     assert torch.equal(found, 2 * leave_one_out(rewards)) and advantage.variance == {"far": 2.0, "flat": 0.0}
     advantage(["far 2", "far 1"], {"r": rewards}, {"r": 1.0})  # half of that now
     again = levers.BySpread()
     again.load_state_dict(json.loads(json.dumps(advantage.state_dict())))
     assert again.variance == {"far": pytest.approx(0.9 * 2.0 + 0.1 * 1.0), "flat": 0.0}
-    again.draw_from(PromptStream(prompts, 3), 0.2)
+    again.draws(PromptStream(prompts, 3), 0.2)
     far, new = 1.9**0.5, 1.9**0.5 / 2
     expected = {"flat": 0.002, "far": 0.002 + 0.8 * far / (60 * far + 10 * new)}
     q = again.probabilities(prompts, 0.2)
     assert q[[0, 30]].tolist() == pytest.approx(list(expected.values())) and q.sum() == pytest.approx(1)
-    stream.draw(4, 500)
+    draw(4, 500)
     assert sorted(set(advantage.factors.tolist())) == pytest.approx(sorted(1 / (100 * q[[0, 30, 90]])))
 
 

@@ -69,6 +69,9 @@ def test_cells_are_run_once_and_drawn(bench, make_config, tmp_path, monkeypatch,
     assert (tmp_path / "sensitivity_cpu.png").stat().st_size > 10_000
     monkeypatch.setattr(sys.modules["time_to_score"].subprocess, "run", None)  # nothing is left to run
     assert bench.main(command) == 0
+    asked = []
+    monkeypatch.setattr(sys.modules["short_runs"].ShortRuns, "train", lambda study, run: asked.append(run))
+    assert bench.main([*command, "--seeds", "6"]) == 1 and len(asked) == 2  # the first that fails does not stop the others
 
 
 def test_every_variant_is_a_run_that_could_be_trained_and_is_compared_with_its_bases_seed(

@@ -94,9 +94,8 @@ def test_a_pipeline_saved_for_a_peer_has_clips_own_files_of_the_tokenizer_and_na
     merges = (tmp_path / "pipeline/tokenizer/merges.txt").read_text().splitlines()[1:]
     assert [tuple(line.split(" ")) for line in merges] == [tuple(pair) for pair in saved["merges"]]
     assert (tmp_path / "pipeline/unet/diffusion_pytorch_model.safetensors").exists()
-    named = load_file(
-        tmp_path / "pipeline/text_encoder/model.safetensors"
-    )  # without that level transformers 4 takes random ones
+    # without that level transformers 4 takes random weights
+    named = load_file(tmp_path / "pipeline/text_encoder/model.safetensors")
     assert named and all(name.startswith("text_model.") for name in named)
 
 
