@@ -279,6 +279,27 @@ def settings_of(config) -> Settings:
     )
 
 
+TAKEN = (  # keys of a configuration that the baseline follows, and those of what stands around it
+    *("prompts", "rewards", "eval", "iterations", "checkpoint", "tracking", "safety", "output_dir", "seed", "kernels"),
+    *("prompts_per_step", "updates_per_rollout", "clip_range", "optimizer.lr", "memory", "engine.device"),
+    *("sampling.steps", "sampling.eta", "sampling.guidance_scale", "model.path", "model.revision", "model.variant"),
+    *("model.random_init", "model.adapter", "model.dtype", "model.lora.rank", "model.max_sequence_length"),
+)
+
+
+def refuse_what_it_has_not(config) -> None:
+    """Raise ``UserError`` for a key of fastloop that asks for something else than what the baseline does in its place."""
+    from fastloop.errors import UserError
+    from fastloop.rundir import flat
+
+    rest = {"model": config.model.model_dump(include={"path", "random_init"}), "rewards": config.rewards}
+    plain = type(config).model_validate({"algorithm": "ppo", "images_per_prompt": 1, **rest})
+    does, asked = (flat(of.model_dump(mode="json")) for of in (plain, config))
+    for key, value in asked.items():
+        if value != does.get(key) and not any(key == taken or key.startswith(f"{taken}.") for taken in TAKEN):
+            raise UserError(f"{key}: {value}, which the plain trainer, bench/baseline_ppo.py, does not do: leave it out")
+
+
 def load_pipeline(config, device: torch.device):
     """fastloop's parts of a model (its ModelConfig) in diffusers' own pipeline class, with DDIM's scheduler, or a flow's."""
     from fastloop.denoisers import load_denoiser

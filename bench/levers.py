@@ -50,11 +50,13 @@ class Lever:
     """One lever of a recipe. This one does nothing.
 
     Attributes:
-        settings: KEY=VALUE that it brings. text: as it was given, for messages.
+        settings: KEY=VALUE that it brings. text: as it was given, for messages. of_steps: whether it is of the sampler's
+            steps, and so has no meaning where noise levels are trained.
     """
 
     settings: tuple[str, ...] = ()
     text = ""
+    of_steps = False
 
     def __init__(self, *arguments: str) -> None:
         """Raises ``ValueError`` for arguments that are none."""
@@ -81,6 +83,8 @@ class Lever:
 
 
 class Steps(Lever):
+    of_steps = True
+
     def __init__(self, first: str, last: str | None = None) -> None:
         self.first, self.last = int(first), int(first if last is None else last)
 
@@ -89,6 +93,8 @@ class Steps(Lever):
 
 
 class Weights(Lever):
+    of_steps = True
+
     def __init__(self, kind: str) -> None:
         self.kind = {"equal": "equal", "noise": "noise"}[kind]
 
@@ -114,7 +120,7 @@ class BestAndWorst(Lever):
 
 
 class Control(Lever):
-    settings = ("advantage=control_variate",)
+    settings, of_steps = ("advantage=control_variate",), True
 
     def __init__(self, beta: str | None = None) -> None:
         self.beta = None if beta is None else float(beta)
@@ -139,7 +145,7 @@ class Control(Lever):
 
 
 class Trees(Lever):
-    settings = ("advantage=tree",)
+    settings, of_steps = ("advantage=tree",), True
 
     def __init__(self, *branches: str) -> None:
         found = [tuple(map(int, branch.split("x"))) for branch in branches]
@@ -299,6 +305,8 @@ def steps_of(levers: list[Lever], table: TransitionTable, config: Config) -> tor
     steps = trained_steps(table, config)
     for lever in levers:
         try:
+            if lever.of_steps and not OBJECTIVES[config.objective].stored_steps:
+                raise ValueError(f"it is of the sampler's steps, and objective={config.objective} trains none: leave it out")
             lever.check(config)
         except ValueError as error:
             raise UserError(f"{lever.text}: {error}") from None

@@ -1,12 +1,13 @@
 """Whether LOOP fast holds in longer runs: the demo, with settings changed one at a time, and LOOP with as many pictures.
 
-    python bench/longer_runs.py --out runs/longer_runs --seeds 0 1 [--only NAME ...] [KEY=VALUE ...]
+    python bench/longer_runs.py [KEY=VALUE ...] --out runs/longer_runs --seeds 0 1 [--only NAME ...]
     python bench/longer_runs.py --table
 
 Each run is configs/shapes_demo.yaml over 12,800 pictures, with what its variant changes, and is evaluated five times on the
 demo's held-out prompts. One after the other, in processes of one thread, each about 12 minutes; an interrupted one goes on.
 Its evaluations are then lines of bench/results/longer_runs_cpu.jsonl, beside those of runs with code that is no longer here,
 which say so.
+What KEY=VALUE changes in every run is part of a variant's name there.
 Prints the table of all lines: scores by share of the run, and by how much the error d with which the model denoises its own
 better pictures has grown, its mean over 40 iterations against that of the first 20.
 """
@@ -22,6 +23,9 @@ from pathlib import Path
 
 from markdown_tables import padded
 
+from fastloop import cli
+from fastloop.errors import UserError
+from fastloop.recipes import load_config
 from fastloop.tracking import read_rows
 
 DEMO = Path(__file__).resolve().parent.parent / "configs" / "shapes_demo.yaml"
@@ -44,14 +48,26 @@ VARIANTS = {
 SPAN, FIRST, FIFTHS = 40, 20, 5
 
 
+def settings(variant: str, overrides: list[str]) -> list[str]:
+    """Return all that a variant and the command line change in the demo."""
+    return [*OWN.split(), *VARIANTS[variant].split(), *overrides]
+
+
+def named(variant: str, overrides: list[str]) -> str:
+    """Return the name of a variant in the lines: what the command line changes makes it another one."""
+    return ", ".join([variant, *overrides])
+
+
 def train(variant: str, seed: int, overrides: list[str], out: Path) -> list[dict]:
-    """Train a variant, or go on with it, and return its rows."""
-    folder = out / f"{variant.replace(' ', '_')}-{seed}"
-    settings = [*OWN.split(), *VARIANTS[variant].split(), *overrides, f"seed={seed}", f"output_dir={folder}"]
+    """Train a variant, or go on with it, and return its rows; none where the run has failed or was stopped."""
+    name = named(variant, overrides)
+    folder = out / f"{name.replace(' ', '_').replace('/', '_')}-{seed}"
     program = "import sys; from fastloop.cli import main; sys.exit(main(sys.argv[1:]))"
-    command = [sys.executable, "-c", program, "train", str(DEMO), "--resume", *settings]
-    subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    return rows_of(folder, variant, seed)
+    command = [sys.executable, "-c", program, "train", str(DEMO), "--resume", *settings(variant, overrides)]
+    command += [f"seed={seed}", f"output_dir={folder}"]
+    if subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode:
+        return []
+    return rows_of(folder, name, seed)
 
 
 def rows_of(folder: Path, variant: str, seed: int) -> list[dict]:
@@ -99,12 +115,19 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--table", action="store_true", help="only print the table of the lines that are there")
     args = parser.parse_intermixed_args(argv)
     known = {(row["variant"], row["seed"]) for row in read_rows(args.rows)} if args.rows.exists() else set()
-    for seed in [] if args.table else args.seeds:
-        for variant in args.only:
-            if (variant, seed) not in known:
-                rows = train(variant, seed, args.overrides, args.out)
-                with args.rows.open("a") as file:
-                    file.write("".join(json.dumps(row) + "\n" for row in rows))
+    runs = [] if args.table else [(variant, seed) for seed in args.seeds for variant in args.only]
+    try:
+        for variant, _ in runs:  # refuses before the first run what does not fit
+            load_config(DEMO, settings(variant, args.overrides))
+    except UserError as error:
+        return cli.fail(str(error), 2)
+    for variant, seed in runs:
+        if (named(variant, args.overrides), seed) not in known:
+            if not (rows := train(variant, seed, args.overrides, args.out)):
+                return 1  # the run has said why
+            args.rows.parent.mkdir(parents=True, exist_ok=True)
+            with args.rows.open("a") as file:
+                file.write("".join(json.dumps(row) + "\n" for row in rows))
     print(table(read_rows(args.rows)))
     return 0
 

@@ -42,6 +42,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import yaml
+from baseline_ppo import refuse_what_it_has_not
 from forward_equivalents import Factors, measure_factors
 from levers import Lever, parse_levers, planned, settings_of
 from sample_efficiency import wider
@@ -173,6 +174,8 @@ class Study:
         """Return a run's configuration, as long as its budget lets it be. Raises ``UserError``."""
         overrides = self.overrides(run)
         config = load_config(self.args.base, overrides)
+        if self.recipes[run.recipe].trainer == "baseline":
+            refuse_what_it_has_not(config)
         one = self.factors.equivalents(**planned(self.levers(run.recipe), config))
         iterations, every = schedule(run.budget / one, self.evaluations(run)[0])
         own = [f"iterations={iterations}", f"eval.every={every}", f"checkpoint.every={every}"]
@@ -225,9 +228,9 @@ class Study:
         """Return the score by learning rate, of one run each; empty where the recipe has a rate of its own."""
         if not self.searched(recipe):
             return {}
-        if len(self.args.rates) == 1:
-            return {self.args.rates[0]: float("nan")}
-        rates, found, decides = sorted(self.args.rates), {}, next(iter(EVALUATIONS_OF[self.args.search_task]))
+        rates, found, decides = sorted(set(self.args.rates)), {}, next(iter(EVALUATIONS_OF[self.args.search_task]))
+        if len(rates) == 1:
+            return {rates[0]: float("nan")}
         tried, budget = list(rates), min(self.budget(recipe), self.args.search_budget or self.args.budget / 2)
         while tried:
             for rate in tried:
@@ -269,22 +272,52 @@ def with_recipes(given: list[list[str]]) -> dict[str, Recipe]:
             if "=" not in item and item not in recipes:
                 raise UserError(f"--recipe {name!r}: {item!r} is neither KEY=VALUE nor one of {', '.join(recipes)}")
             found += [item] if "=" in item else recipes[item].items
+            if item.startswith("budget="):
+                try:
+                    above_0(item.removeprefix("budget="))
+                except argparse.ArgumentTypeError as error:
+                    raise UserError(f"--recipe {name!r}: budget={error}, of forwards") from None
         recipes[name] = Recipe(tuple(found), RECIPES[name].trainer if name in RECIPES else "fastloop")
         if parse_levers(specs_of(found)) and recipes[name].trainer != "fastloop":
             raise UserError(f"--recipe {name!r}: levers are fastloop's: give it another name, so that fastloop trains it")
     return recipes
 
 
+def above_0(text: str) -> float:
+    """Parse a number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text}: give a number above 0")
+    return value
+
+
+def count(text: str) -> int:
+    """Parse a whole number above 0."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: give a whole number above 0")
+    return int(text)
+
+
+def file_there(text: str) -> Path:
+    """Parse the path of a file that is there."""
+    if not Path(text).is_file():
+        raise argparse.ArgumentTypeError(f"{text}: there is no such file")
+    return Path(text)
+
+
 def parser_of(name: str, text: str, budget: float, seeds: list[int]) -> argparse.ArgumentParser:
     """Return a parser of what all scripts of such studies take, with their own defaults."""
     parser = cli.Parser(prog=f"bench/{name}.py", description=text, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--base", type=Path, default=Path("configs/shapes_study.yaml"), metavar="RECIPE.yaml")
+    parser.add_argument("--base", type=file_there, default="configs/shapes_study.yaml", metavar="RECIPE.yaml")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="overrides for every run")
     parser.add_argument("--seeds", nargs="+", type=int, default=seeds)
-    parser.add_argument("--budget", type=float, default=budget, help=f"of a run, in forwards (default: {budget:,.0f})")
+    parser.add_argument("--budget", type=above_0, default=budget, help=f"of a run, in forwards (default: {budget:,.0f})")
     parser.add_argument("--out", type=Path, default=Path(f"runs/{name}"), help="folder of the runs")
     parser.add_argument("--results", type=Path, help="folder of rows, tables and plot (default: that of the runs)")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, of one thread each")
+    parser.add_argument("--jobs", type=count, default=1, help="runs at a time, of one thread each")
     parser.add_argument("--table", action="store_true", help="only the tables and the plot, of the rows that are there")
     return parser
 
@@ -294,10 +327,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--recipes", nargs="+", metavar="NAME", help=f"default: all of {', '.join(RECIPES)}")
     parser.add_argument("--recipe", nargs="+", action="append", default=[], metavar=("NAME", "ITEM"))
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=["color", "mix"])
-    parser.add_argument("--evaluations", type=int, default=8, help="of a run, beside that before training (default: 8)")
-    parser.add_argument("--rates", nargs="+", type=float, default=[1.5e-3, 3e-3, 6e-3], help="the grid; one is not searched")
+    parser.add_argument("--evaluations", type=count, default=8, help="of a run, beside that before training (default: 8)")
+    parser.add_argument("--rates", nargs="+", type=above_0, default=[1.5e-3, 3e-3, 6e-3], help="the grid; one is not searched")
     parser.add_argument("--search-task", choices=list(TASKS), default="mix")
-    parser.add_argument("--search-budget", type=float, help="default: half of --budget, or the recipe's own where it is less")
+    parser.add_argument(
+        "--search-budget", type=above_0, help="default: half of --budget, or the recipe's own where it is less"
+    )
     parser.add_argument("--peer-python", type=Path, help="of an environment with TRL 0.23.1: adds TRL's trainer")
     return parser.parse_args(argv)
 

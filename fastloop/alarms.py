@@ -39,8 +39,8 @@ class Alarms:
         found = {
             "denoising": (
                 bound is not None and sum(last) > bound * sum(first),
-                "the model denoises its own pictures much worse than at the start, which comes before a collapse: go back to "
-                "an earlier checkpoint with a lower optimizer.lr, or a larger kl.weight",
+                "the model denoises its own pictures much worse than at the start, which comes before a collapse: stop "
+                "(Ctrl-C), and start a new run with a lower optimizer.lr or a larger kl.weight",
             ),
             "group_std": (
                 grouped and metrics["reward/group_std"] < safety.min_group_std,

@@ -25,7 +25,7 @@ from fastloop.rollout import Trajectories, gather_scores, scored_rollout
 from fastloop.training_run import TrainingRun
 
 FILE = "noise_policy.safetensors"
-REMEDY = "the last good checkpoint is kept. Try a lower optimizer.lr or a smaller clip_range, then --resume"
+REMEDY = "the last good checkpoint is kept. Start a new run with a lower optimizer.lr or a smaller clip_range"
 
 
 class NoiseTrainer(TrainingRun):

@@ -186,7 +186,8 @@ def network_seconds(batches: Batches, it_per_s: float) -> tuple[float, float]:
     config = batches.config
     backward = (1 if config.model.adapter == "lora" else 2) + (1 if config.memory.gradient_checkpointing else 0)
     sampled, trained = -(-batches.share // batches.rollout) * batches.rollout, batches.micro_batches * batches.update
-    rollout = sampled * config.sampling.steps * config.sampling.branches / it_per_s
+    penalty = bool(config.dlpo.beta) and config.dlpo.data is None
+    rollout = sampled * (config.sampling.steps * config.sampling.branches + penalty) / it_per_s
     if config.trains_noise:
         return rollout, 0.0
     branches = update_sampling(config).branches + config.dlpo.gradient

@@ -120,6 +120,10 @@ def _of_rows(config: Config) -> str | None:
                 f"{key}: objective={name} trains noise levels (forward.levels, forward.window), not the sampler's steps: "
                 f"set it to {without}"
             )
+    if config.kl.form != "gaussian":
+        return f"kl.form: {config.kl.form}, but objective={name} has the KL of noise levels alone: set it to gaussian"
+    if forward.window[1] < forward.window[0]:
+        return f"forward.window: {list(forward.window)} ends before it begins: give its first timestep first"
     if forward.window[1] - forward.window[0] + 1 < forward.levels:
         return f"forward.window: {list(forward.window)} has fewer timesteps than forward.levels={forward.levels}: widen it"
     return None

@@ -77,8 +77,8 @@ def claim_run_dir(
             read_rows(folder / name)
     except ValueError as error:
         raise UserError(f"--resume: {error}: mend or remove that line") from None
-    before = _flat(earlier.model_dump(mode="json"))
-    now = _flat(config.model_dump(mode="json"))
+    before = flat(earlier.model_dump(mode="json"))
+    now = flat(config.model_dump(mode="json"))
     for key, default in FORMER_DEFAULTS.items():
         if now.get(key) is None and before.get(key) == default:
             before[key] = None
@@ -228,12 +228,12 @@ def _now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
-def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested dictionaries as one with dotted keys."""
-    flat = {}
+def flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    """Return nested dictionaries as one with dotted keys."""
+    found = {}
     for key, value in values.items():
         if isinstance(value, dict) and value:
-            flat |= _flat(value, f"{prefix}{key}.")
+            found |= flat(value, f"{prefix}{key}.")
         else:
-            flat[f"{prefix}{key}"] = value
-    return flat
+            found[f"{prefix}{key}"] = value
+    return found

@@ -28,8 +28,8 @@ MAX_SKIPPED = 8  # non-finite updates in a row that loss scaling may skip while 
 DENOISING = ("denoising_loss_better", "denoising_loss_worse")  # sums of the rows with a positive and a negative advantage
 MAXIMA = ("ratio_max_dev",)  # of a micro-batch's statistics; the others are sums
 REMEDY = (
-    "the last good checkpoint is kept. Try a lower optimizer.lr, model.dtype=fp32 or bf16, or where steps are trained "
-    "last_steps.drop=2, then --resume"
+    "the last good checkpoint is kept. Start a new run with a lower optimizer.lr, model.dtype=fp32 or bf16, or where steps "
+    "are trained last_steps.drop=2"
 )
 
 

@@ -125,7 +125,7 @@ class ValueBaseline(Advantage):
         """The sum of the ranks' parts of a loss."""
         found = float(self.ranks.gather(np.array(loss.item())).sum())
         if not math.isfinite(found):
-            raise RunFailed("the value network's loss is not finite: lower value.lr, then --resume")
+            raise RunFailed("the value network's loss is not finite: start a new run with a lower value.lr")
         return found
 
     def _step(self) -> None:

@@ -36,6 +36,10 @@ def base(make_config, tmp_path):
         (["lever=tree:1x3"], "lever=tree:1x3: trees of 3 leaves: set images_per_prompt to a multiple of it"),
         (["lever=ratio:trajectory", "prompts_per_step=5", "updates_per_rollout=3"], "20 are not shared by 3"),
         (["lever=control", "lever=james_stein"], "lever=james_stein lever=control: two of them set advantage"),
+        (
+            ["algorithm=loop_fast", "lever=steps:0:2"],
+            "lever=steps:0:2: it is of the sampler's steps, and objective=forward_process",
+        ),
         (["lever=by_spread:0"], "lever=by_spread:0: not its arguments"),
         (["lever=by_spread", "lever=redraw:1"], "lever=by_spread: does not go with lever=redraw:1"),
         (["lever=tree:1x4", "lever=redraw:1"], "lever=tree:1x4: does not go with lever=redraw:1"),

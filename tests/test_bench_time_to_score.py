@@ -94,6 +94,18 @@ def test_what_is_no_recipe_and_the_seed_of_the_search_are_refused(bench, tmp_pat
     for tasks in (["guided"], ["color", "guided", "--search-task", "guided"]):
         assert bench.main([*out, "--tasks", *tasks]) == 2 and "--search-task: guidance" in capsys.readouterr().err
     assert bench.main([*out, "--table"]) == 1 and "no run of the study has finished" in capsys.readouterr().err
+    for arguments, says in (
+        (["--evaluations", "0"], "--evaluations: 0: give a whole number above 0"),
+        (["--rates", "0.1", "0"], "--rates: 0: give a number above 0"),
+        (["--base", "nope.yaml", "--table"], "--base: nope.yaml: there is no such file"),
+        (["--recipe", "A", "LOOP", "budget=abc"], "--recipe 'A': budget=abc: give a number above 0, of forwards"),
+        (
+            ["--set", "ema.decay=0.9", "--tasks", "mix"],
+            "ema.decay: 0.9, which the plain trainer, bench/baseline_ppo.py, does not do",
+        ),
+    ):
+        assert bench.main([*out, *arguments]) == 2 and says in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.fixture
@@ -153,10 +165,20 @@ def test_rows_are_known_before_a_run(bench, base):
     # 5 trajectories in 3 calls of 2, of 4 steps; 15 rows in updates of 8 and 7, filled up
     assert of(plain) == {"sampled": 24, "trained": 16}
     assert of(load_config(base, [*small, "last_steps.drop=1", "kl.weight=1"])) == {"sampled": 2 * (24 + 16), "trained": 32}
+    dlpo = [
+        *small,
+        "last_steps.drop=1",
+        "algorithm=dlpo",
+        "sampling.guidance_scale=1",
+        "images_per_prompt=5",
+        "prompts_per_step=1",
+    ]
+    one = ["updates_per_rollout=1", "dlpo.gradient=true"]  # the penalty's forward of a picture, and then its gradient too
+    assert of(load_config(base, [*dlpo, *one])) == {"sampled": 24 + 6, "trained": 2 * 16}
 
 
 def test_a_search_goes_beyond_an_end_that_is_best_and_its_last_three_evaluations_decide(bench, base, tmp_path, monkeypatch):
-    args = bench.parse(["--base", str(base), "--out", str(tmp_path), "--rates", "0.001", "0.003"])
+    args = bench.parse(["--base", str(base), "--out", str(tmp_path), "--rates", "0.003", "0.001", "0.003"])
     study, asked = bench.Study(args, bench.RECIPES, tmp_path / "rows.jsonl"), []
 
     def train(run):

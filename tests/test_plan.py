@@ -359,6 +359,7 @@ def test_the_time_is_that_of_the_forwards(make_config):
     assert "24.0 s rollout + 72.0 s update" in line(memory={"gradient_checkpointing": True})
     assert "12.0 s rollout + 24.0 s update" in line(sampling={"guidance_scale": 1})
     assert "24.0 s rollout + 72.0 s update" in line(kl={"weight": 0.1})
+    assert "27.0 s rollout + 48.0 s update" in line(algorithm="dlpo")  # a picture's penalty is a forward
     # 6 trajectories in two calls of 4, 12 pairs in three
     assert "32.0 s rollout + 48.0 s update" in line(memory={"rollout_batch": 5, "update_batch": 5}, model={"dtype": "bf16"})
 

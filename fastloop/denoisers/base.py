@@ -359,7 +359,7 @@ class Denoiser(TextEncoding, Adapters, Residence, Export):
             finite = x.isfinite().flatten(1).all(1)
             self.vae.to(before)  # the same weights again: rounding them twice changes nothing
         if not finite.all():
-            raise RunFailed("the decoded pictures are not finite, in float32 either: the latents or the VAE are broken")
+            raise RunFailed("the decoded pictures are not finite, in float32 either: mend the VAE, or lower optimizer.lr")
         return self.to_bytes(x).cpu().numpy()
 
     @torch.no_grad()
