@@ -42,7 +42,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import yaml
-from baseline_ppo import refuse_what_it_has_not
 from forward_equivalents import Factors, measure_factors
 from levers import Lever, parse_levers, planned, settings_of
 from sample_efficiency import wider
@@ -175,6 +174,8 @@ class Study:
         overrides = self.overrides(run)
         config = load_config(self.args.base, overrides)
         if self.recipes[run.recipe].trainer == "baseline":
+            from baseline_ppo import refuse_what_it_has_not  # with peft, which tables do without
+
             refuse_what_it_has_not(config)
         one = self.factors.equivalents(**planned(self.levers(run.recipe), config))
         iterations, every = schedule(run.budget / one, self.evaluations(run)[0])
