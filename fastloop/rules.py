@@ -120,6 +120,8 @@ def _of_rows(config: Config) -> str | None:
                 f"{key}: objective={name} trains noise levels (forward.levels, forward.window), not the sampler's steps: "
                 f"set it to {without}"
             )
+    if config.advantage == "none":
+        return f"advantage: none, with which objective={name} imitates whatever is drawn: set leave_one_out"
     if config.kl.form != "gaussian":
         return f"kl.form: {config.kl.form}, but objective={name} has the KL of noise levels alone: set it to gaussian"
     if forward.window[1] < forward.window[0]:

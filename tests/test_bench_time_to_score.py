@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from safetensors.torch import save_file
 
+from fastloop.algorithms import ALGORITHMS
 from fastloop.recipes import dump_config, load_config
 from fastloop.tracking import read_rows
 
@@ -84,6 +85,15 @@ def test_a_recipe_of_the_command_line_may_begin_with_another(bench):
     found = bench.with_recipes([["LOOP fast", "LOOP", "budget=2e4", "clip_range=1e-3"], ["its ablation", "LOOP fast", "a=1"]])
     assert found["LOOP fast"].items == (*bench.RECIPES["LOOP"].items, "budget=2e4", "clip_range=1e-3")
     assert found["its ablation"].items == (*found["LOOP fast"].items, "a=1")
+
+
+def test_what_loop_fast_brings_is_what_the_committed_runs_had():
+    """A run's key has what its recipe sets, not what `algorithm=loop_fast` brings: after a change here they are run again."""
+    assert ALGORITHMS["loop_fast"].settings == {
+        "ema": {"decay": 0.95},
+        "optimizer": {"schedule": "linear", "max_grad_norm": 1e-5},
+        "kl": {"weight": 0.15, "of_advantages": True, "every": 4},
+    }
 
 
 def test_what_is_no_recipe_and_the_seed_of_the_search_are_refused(bench, tmp_path, capsys):

@@ -197,6 +197,7 @@ def test_the_plan_says_levels_window_and_rows(make_config):
         ({"passes_per_rollout": 2, "updates_per_rollout": 2}, "passes_per_rollout: forward_process has no importance ratio"),
         ({"forward": {"window": [10, 13]}}, r"forward.window: \[10, 13\] has fewer timesteps than forward.levels=6: widen it"),
         ({"forward": {"window": [13, 10]}}, r"forward.window: \[13, 10\] ends before it begins: give its first"),
+        ({"advantage": "none"}, "advantage: none, with which objective=forward_process imitates .*: set leave_one_out"),
         ({"kl": {"weight": 0.1, "form": "epsilon"}}, "kl.form: epsilon, but objective=forward_process .*: set it to gaussian"),
         ({"algorithm": "loop"}, "forward.levels: objective=clipped trains the sampler's steps: set algorithm=loop_forward"),
         ({"algorithm": "ppo", "forward": {"levels": 5}}, "forward.window: objective=clipped trains"),
