@@ -92,7 +92,7 @@ def rows_of_iteration(config: Config, steps: torch.Tensor | None = None) -> dict
     drawn = -(-batches.share // batches.rollout) * batches.rollout
     updated = sum(-(-rows // batches.update) * batches.update for rows in batches.update_rows) * config.passes_per_rollout
     references = round(updated * update_sampling(config).branches / config.kl.every) if config.kl.weight else 0
-    penalties = drawn if config.dlpo.beta and config.dlpo.data is None else 0
+    penalties = drawn if config.dlpo.denoises_drawn else 0
     return {
         "sampled": drawn * config.sampling.steps * config.sampling.branches + references + penalties,
         "trained": updated * (update_sampling(config).branches + config.dlpo.gradient),

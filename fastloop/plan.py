@@ -102,8 +102,7 @@ def _noise_update_lines(batches: Batches, denoiser: Denoiser) -> list[str]:
 def _update_lines(batches: Batches) -> list[str]:
     """Say what updates of the network are."""
     config, kept, micro = batches.config, batches.kept, batches.micro_batches
-    penalty = bool(config.dlpo.beta) and config.dlpo.data is None
-    rollout_forwards = config.sampling.branches * config.sampling.steps + penalty
+    rollout_forwards = config.sampling.branches * config.sampling.steps + config.dlpo.denoises_drawn
     update_forwards = (update_sampling(config).branches + config.dlpo.gradient) * kept * config.passes_per_rollout
     update_forwards *= config.replay.rollouts
     of_each = f"{kept} of {len(batches.steps)} trainable steps"
@@ -186,8 +185,7 @@ def network_seconds(batches: Batches, it_per_s: float) -> tuple[float, float]:
     config = batches.config
     backward = (1 if config.model.adapter == "lora" else 2) + (1 if config.memory.gradient_checkpointing else 0)
     sampled, trained = -(-batches.share // batches.rollout) * batches.rollout, batches.micro_batches * batches.update
-    penalty = bool(config.dlpo.beta) and config.dlpo.data is None
-    rollout = sampled * (config.sampling.steps * config.sampling.branches + penalty) / it_per_s
+    rollout = sampled * (config.sampling.steps * config.sampling.branches + config.dlpo.denoises_drawn) / it_per_s
     if config.trains_noise:
         return rollout, 0.0
     branches = update_sampling(config).branches + config.dlpo.gradient

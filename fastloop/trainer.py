@@ -134,7 +134,7 @@ class Trainer(TrainingRun):
 
     def denoising_errors(self, trajectories: Trajectories, n: int) -> np.ndarray | None:
         """Return DLPO's penalty of all n trajectories, float64 (n,); ``None`` where there is none for what was drawn."""
-        if not self.config.dlpo.beta or self.config.dlpo.data is not None:
+        if not self.config.dlpo.denoises_drawn:
             return None
         with self.observer.phase("penalty"), self._rollout_weights():
             own = self.update.penalty(trajectories)

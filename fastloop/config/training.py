@@ -48,6 +48,11 @@ class DlpoConfig(Strict):
         "file with `prompt` and `image`, a path beside it; null: those drawn",
     )
 
+    @property
+    def denoises_drawn(self) -> bool:
+        """Whether each picture of a rollout is denoised for its penalty, which takes a forward."""
+        return self.beta > 0 and self.data is None
+
 
 class ReplayConfig(Strict):
     """Transitions that are trained on again: their ratio is to the policy that drew them (DPOK)."""
