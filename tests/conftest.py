@@ -59,7 +59,7 @@ def own_tables():
 
 @pytest.fixture(scope="session")
 def bench_module():
-    """A function of a name that gives the module of bench/, which is no package."""
+    """A function of a name that gives the module of bench/, which is no package: its modules find each other by the path."""
 
     def load(name: str):
         spec = importlib.util.spec_from_file_location(name, BENCH / f"{name}.py")
@@ -67,7 +67,9 @@ def bench_module():
         spec.loader.exec_module(module)
         return module
 
-    return load
+    sys.path.append(str(BENCH))  # last, so that it hides nothing
+    yield load
+    sys.path.remove(str(BENCH))
 
 
 @pytest.fixture(scope="session")

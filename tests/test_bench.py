@@ -17,9 +17,7 @@ BENCH = Path(__file__).resolve().parent.parent / "bench"
 
 @pytest.fixture(scope="module")
 def kernel_table(bench_module):
-    sys.path.insert(0, str(BENCH))
-    yield bench_module("kernel_table")
-    sys.path.remove(str(BENCH))
+    return bench_module("kernel_table")
 
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="what is printed where there is no GPU")

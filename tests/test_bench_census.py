@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,11 +18,9 @@ BF16, LAST = torch.bfloat16, torch.channels_last
 
 
 @pytest.fixture(scope="module")
-def load():
-    """A function of a name that gives the module of bench/, where its neighbours are found."""
-    sys.path.insert(0, str(BENCH))
-    yield importlib.import_module
-    sys.path.remove(str(BENCH))
+def load(bench_module):
+    """A function of a name that gives the module of bench/, the one that its neighbours import."""
+    return importlib.import_module
 
 
 @pytest.fixture(scope="module")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from fastloop.recipes import dump_config
@@ -13,7 +11,6 @@ from fastloop.tracking import read_rows
 def test_while_the_old_model_is_the_current_one_the_bounded_forms_have_the_signed_gradient(
     bench_module, make_config, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.syspath_prepend(Path(__file__).resolve().parent.parent / "bench")
     bench = bench_module("forward_forms")
     recipe, out = tmp_path / "recipe.yaml", tmp_path / "rows.jsonl"
     recipe.write_text(dump_config(make_config(sampling={"steps": 2, "guidance_scale": 1.0})))

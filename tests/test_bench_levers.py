@@ -21,9 +21,8 @@ from fastloop.update import PolicyUpdate
 
 
 @pytest.fixture
-def bench(bench_module, monkeypatch, own_tables):
+def bench(bench_module, own_tables):
     """The study's module."""
-    monkeypatch.syspath_prepend(str(bench_module("worker").__file__).rsplit("/", 1)[0])
     return bench_module("time_to_score")
 
 

@@ -13,8 +13,7 @@ from fastloop.tracking import read_rows
 
 
 @pytest.fixture
-def bench(bench_module, monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).resolve().parent.parent / "bench")
+def bench(bench_module):
     return bench_module("longer_runs")
 
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,17 +10,10 @@ from known_traces import trace_nothing
 
 from fastloop.preflight import preflight
 
-BENCH = Path(__file__).resolve().parent.parent / "bench"
-
 
 @pytest.fixture(scope="module")
-def memory():
-    sys.path.insert(0, str(BENCH))
-    spec = importlib.util.spec_from_file_location("bench_memory", BENCH / "memory.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module
-    sys.path.remove(str(BENCH))
+def memory(bench_module):
+    return bench_module("memory")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="measures host memory")

@@ -11,8 +11,7 @@ from fastloop.tracking import read_rows
 
 
 @pytest.fixture
-def bench(bench_module, monkeypatch, own_tables):
-    monkeypatch.syspath_prepend(str(bench_module("worker").__file__).rsplit("/", 1)[0])
+def bench(bench_module, own_tables):
     return bench_module("sensitivity")
 
 

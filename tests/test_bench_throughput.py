@@ -26,9 +26,7 @@ for line in sys.stdin:
 
 @pytest.fixture(scope="module")
 def bench(bench_module):
-    sys.path.insert(0, str(bench_module("worker").__file__).rsplit("/", 1)[0])
-    yield bench_module("throughput")
-    sys.path.pop(0)
+    return bench_module("throughput")
 
 
 TINY = ["prompts.source=animals", "rewards=[{name: jpeg_incompressibility}]", "eval.prompts={source: animals, limit: 1}"]

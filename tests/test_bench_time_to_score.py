@@ -18,9 +18,7 @@ from fastloop.tracking import read_rows
 
 @pytest.fixture(scope="module")
 def bench(bench_module):
-    sys.path.insert(0, str(bench_module("worker").__file__).rsplit("/", 1)[0])
-    yield bench_module("time_to_score")
-    sys.path.pop(0)
+    return bench_module("time_to_score")
 
 
 @pytest.fixture(scope="module")
